@@ -16,10 +16,10 @@ import torch
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'PLACES', 'RELATIONS', 'NUMBERS', 'VALUES', 'SYNONYMS',
            'INVERSE', 'HELD_OUT', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of', 'sample_scenes',
-           'render', 'Mention', 'Claim', 'matches', 'related', 'holds', 'mention_of', 'true_relations', 'short_claim',
-           'article', 'plural', 'phrase', 'say', 'paraphrase', 'long_caption', 'short_caption', 'stated_facts',
-           'true_facts', 'hard_negative', 'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items',
-           'single_object_classes']
+           'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related', 'holds', 'mention_of', 'true_relations',
+           'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase', 'long_caption', 'short_caption',
+           'stated_facts', 'true_facts', 'hard_negative', 'PairItem', 'pair_items', 'WinogroundItem',
+           'winoground_items', 'single_object_classes']
 
 # %% ../nbs/01_scenes.ipynb #56d71a78
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "moon")
@@ -194,6 +194,11 @@ def _draw_objects(sdf, scenes, row, column, axis, under) -> torch.Tensor:
     alpha = (0.5 - distance).clamp(0, 1)[..., None]
     colour = _RGB.to(axis.device)[attribute(scenes.colour).long()][:, None, None, :] * _texture_shade(attribute(scenes.texture), x, y)[..., None]
     return alpha * colour + (1 - alpha) * under
+
+# %% ../nbs/01_scenes.ipynb #4ae20d8b
+def scene_images(scenes: Scenes, size: int) -> list[np.ndarray]:
+    "Scenes as uint8 pictures `(size, size, 3)`, as a file would hold them."
+    return list((render(scenes, size) * 255).round().byte().permute(0, 2, 3, 1).numpy())
 
 # %% ../nbs/01_scenes.ipynb #dfce4e68
 @dataclass(frozen=True)
