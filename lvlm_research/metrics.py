@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['expected_hits', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground', 'topk_hits',
-           'bootstrap_interval']
+__all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
+           'topk_hits', 'bootstrap_interval']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -28,12 +28,18 @@ def expected_hits(
 
 def _hit_probability(slots: torch.Tensor, size: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     "P(at least one of `good` among the first `slots` of `size` in random order), by the product of misses."
-    miss, slots, size, good = torch.ones(len(slots), dtype=torch.float64), slots.cpu(), size.cpu(), good.cpu()
+    slots, size, good = slots.cpu(), size.cpu().double(), good.cpu().double()
+    miss = torch.ones_like(size)
     for i in range(int(slots.max())):
         open_slot = i < slots
         left = (size - i).clamp(min=1)
         miss = torch.where(open_slot, miss * ((size - good - i).clamp(min=0) / left), miss)
     return 1 - miss
+
+
+def chance(k: int, candidates: int, relevant: int = 1) -> float:
+    "Hit probability of a random order: what a constant embedder scores."
+    return _hit_probability(*(torch.tensor([v]) for v in (k, candidates, relevant))).item()
 
 
 def retrieval_hits(
