@@ -177,7 +177,7 @@ def scene_classification(images: int, image_size: int, rng: np.random.Generator)
     cell = scenes.present.argmax(1)
     value = lambda name, words: [words[v] for v in getattr(scenes, name)[np.arange(images), cell]]
     labels = np.array([index[key] for key in zip(value("shape", SHAPES), value("colour", COLOURS), value("texture", TEXTURES))])
-    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, 0) for m in mentions]), labels, len(TEMPLATES))
+    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES))
 
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f
 def scene_suite(profile: Profile, image_size: int, seed: int = 2024) -> list[Benchmark]:

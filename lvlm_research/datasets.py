@@ -20,8 +20,8 @@ from .embedder import Sequences, Templates
 from .scenes import long_caption, sample_scenes, scene_images, short_caption
 
 # %% auto #0
-__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'open_image', 'read_folder', 'scene_pairs', 'folder_pairs', 'JointBatch',
-           'joint_batches']
+__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'open_image', 'read_folder', 'only_split', 'scene_pairs', 'folder_pairs',
+           'JointBatch', 'joint_batches']
 
 # %% ../nbs/03_datasets.ipynb #79dbb1a6
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ def read_folder(folder: str | Path) -> Dataset:
     records = [_record(line, f"{file}, line {i}", folder) for i, line in enumerate(lines, 1)]
     shared = [key for key in records[0] if all(key in r and type(r[key]) is type(records[0][key]) for r in records)]
     return Dataset.from_list([{key: r[key] for key in shared} for r in records])
+
+# %% ../nbs/03_datasets.ipynb #77850596
+def only_split(data: Dataset, split: str) -> Dataset:
+    "Records whose field `split` has the value; all of them for an empty one."
+    if not split:
+        return data
+    if "split" not in data.column_names:
+        raise InputError("captions.jsonl has no field 'split' on every line; drop the split or add the field")
+    kept = [i for i, value in enumerate(data["split"]) if value == split]
+    if not kept:
+        raise InputError(f"no record has split {split!r}; found {', '.join(sorted(set(map(str, data['split']))))}")
+    return data.select(kept)
 
 # %% ../nbs/03_datasets.ipynb #7a842861
 def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train") -> Callable[[], Iterator[list[Pair]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,32 +15,34 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from .fitting import FitModule
-from .scenes import VALUES, Scenes, hard_negative, render, sample_scenes, say, short_claim
+from .scenes import VALUES, Scenes, hard_negative, render, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
-__all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall']
+__all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall', 'RecallCurve']
 
 # %% ../nbs/07_dual_encoder.ipynb #cfd85bbe
 class RegionHead(nn.Module):
-    "Attributes of the object in each quarter, from patch tokens `(N, P, D)` to logits `{attribute: (N, 4, values + 1)}`."
+    "Attributes of the object in each quarter, from patch tokens `(N, P, D)`: logits `{attribute: (N, 4, R, values + 1)}`, R readings per quarter."
 
     def __init__(self, width: int):
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in VALUES.items()})
 
-    def forward(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, patches: torch.Tensor, each: bool = False) -> dict[str, torch.Tensor]:
+        "One reading per quarter (the mean of its patches), or one per patch (`each`)."
         n, tokens, width = patches.shape
-        side = int(tokens**0.5)
-        quarters = patches.view(n, 2, side // 2, 2, side // 2, width).mean((2, 4)).view(n, 4, width)
-        return {name: head(quarters) for name, head in self.heads.items()}
+        half = int(tokens**0.5) // 2
+        quarters = patches.view(n, 2, half, 2, half, width).transpose(2, 3).reshape(n, 4, half * half, width)
+        readings = quarters if each else quarters.mean(2, keepdim=True)
+        return {name: head(readings) for name, head in self.heads.items()}
 
 
-def region_loss(logits: dict[str, torch.Tensor], scenes: Scenes) -> tuple[torch.Tensor, dict[str, float]]:
+def region_loss(logits: dict[str, torch.Tensor], scenes: Scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Mean cross entropy over attributes, and the accuracy of each where there is an object."
     losses, right = [], {}
     for name, scores in logits.items():
-        labels = torch.as_tensor(getattr(scenes, name), device=scores.device).long() + 1
-        losses.append(F.cross_entropy(scores.flatten(0, 1), labels.flatten()))
+        labels = torch.as_tensor(getattr(scenes, name), device=scores.device).long()[..., None].expand(scores.shape[:-1]) + 1
+        losses.append(F.cross_entropy(scores.flatten(0, -2), labels.flatten()))
         right[name] = (scores.argmax(-1) == labels)[labels > 0].float().mean()
     return torch.stack(losses).mean(), right
 
@@ -52,9 +55,9 @@ def scene_pixels(scenes: Scenes, size: int, device: str | torch.device = "cpu") 
 class DualEncoder(FitModule):
     "Contrastive training of a CLIP on (scene, short caption) pairs, with an auxiliary region loss on the tokens that LLaVA reads."
 
-    def __init__(self, model: CLIPModel, region_weight: float = 1.0, **optimiser):
+    def __init__(self, model: CLIPModel, each_patch: bool = False, **optimiser):
         super().__init__(**optimiser)
-        self.model, self.region_weight = model, region_weight
+        self.model, self.each_patch = model, each_patch
         self.regions = RegionHead(model.config.vision_config.hidden_size)
 
     def contrastive(self, image: torch.Tensor, text: torch.Tensor, negatives: torch.Tensor | None) -> torch.Tensor:
@@ -67,9 +70,8 @@ class DualEncoder(FitModule):
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         pixels = scene_pixels(batch["scenes"], self.model.config.vision_config.image_size, self.device)
         vision = self.model.vision_model(pixels, output_hidden_states=True)
-        loss, right = region_loss(self.regions(vision.hidden_states[-2][:, 1:]), batch["scenes"])
+        loss, right = region_loss(self.regions(vision.hidden_states[-2][:, 1:], self.each_patch), batch["scenes"])
         self.note(region=loss, **right)
-        loss = self.region_weight * loss
         if batch["text"] is not None:
             image = F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1)
             text, negatives = self._embed_texts(batch["text"], len(image))
@@ -138,3 +140,20 @@ def dual_recall(model: CLIPModel, processor: CLIPProcessor, scenes: Scenes, capt
     text = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     best, target = text @ image.T, torch.arange(len(image), device=image.device)
     return 100 * (best.argmax(1) == target).float().mean().item(), 100 * (best.argmax(0) == target).float().mean().item()
+
+# %% ../nbs/07_dual_encoder.ipynb #1783e48d
+class RecallCurve(L.Callback):
+    "Notes R@1 of 500 validation scenes every so many steps."
+
+    def __init__(self, processor: CLIPProcessor, every: int):
+        rng = np.random.default_rng(1)
+        self.processor, self.every = processor, every
+        self.scenes = sample_scenes(500, rng, "validation")
+        self.captions = [short_caption(s, rng) for s in self.scenes]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if module.global_step % self.every == 0:
+            module.eval()
+            t2i, i2t = dual_recall(module.model, self.processor, self.scenes, self.captions)
+            module.train()
+            module.history[-1].update(t2i=t2i, i2t=i2t)

@@ -68,8 +68,8 @@ def _the(mention: Mention, rng: np.random.Generator) -> str:
 
 
 def _object(scene: Scenes, cell: int, rng: np.random.Generator) -> str:
-    "An object with all its attributes."
-    return article(phrase(mention_of(scene, cell, rng, extra=1.0), _style(rng)))
+    "An object with all its attributes; answers use the words themselves, no synonyms."
+    return article(phrase(mention_of(scene, cell, rng, extra=1.0), None))
 
 # %% ../nbs/10_pretraining.ipynb #1251cbdc
 def ask_place(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -112,8 +112,7 @@ def ask_relation(scene: Scenes, rng: np.random.Generator) -> Turn:
     "What is left of the ring? Everything there, in the order of the cells."
     cell, relation = _cell(scene, rng), _choice(RELATIONS, rng)
     found = [c for c in np.flatnonzero(scene.present[0]) if related(relation, c, cell)]
-    style = _style(rng)
-    answer = " and ".join(article(phrase(mention_of(scene, c, rng, extra=0.0), style)) for c in found) or "nothing"
+    answer = " and ".join(article(phrase(mention_of(scene, c, rng, extra=0.0), None)) for c in found) or "nothing"
     return Turn("relation", f"what is {_choice(SYNONYMS[relation], rng)} {_the(_unique_mention(scene, cell, rng), rng)}?", answer)
 
 
@@ -176,7 +175,7 @@ def ask_detail(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 IMAGE_QUESTIONS = {  # kind -> weight in the mixture
-    ask_place: 3, ask_where: 2, ask_attribute: 3, ask_count: 1, ask_background: 0.3, ask_relation: 2, ask_side: 2, ask_presence: 2, ask_truth: 3,
+    ask_place: 3, ask_where: 3, ask_attribute: 4, ask_count: 1, ask_background: 0.3, ask_relation: 2, ask_side: 2, ask_presence: 2, ask_truth: 3,
     ask_summary: 2, ask_brief: 1.5, ask_detail: 1.2,
 }
 

@@ -315,9 +315,11 @@ def _count_claim(scene: Scenes, cells: list[int], rng: np.random.Generator) -> C
     group = (Mention(), Mention(shape=full.shape), Mention(colour=full.colour))[rng.integers(3)]
     return Claim((group, full), count=int(matches(group, scene).sum()))
 
-# %% ../nbs/01_scenes.ipynb #debf2da6
-def _word(name: str, style: int) -> str:
-    "One of the synonyms of a word; one style always takes the same one."
+# %% ../nbs/01_scenes.ipynb #e7906c19
+def _word(name: str, style: int | None) -> str:
+    "One of the synonyms of a word; one style always takes the same one, and None the word itself."
+    if style is None:
+        return name
     options = SYNONYMS.get(name, (name,))
     return options[zlib.crc32(f"{name} {style}".encode()) % len(options)]
 
@@ -334,7 +336,7 @@ def plural(noun: str) -> str:
 
 def phrase(
     mention: Mention,
-    style: int,  # picks the synonyms
+    style: int | None,  # picks the synonyms; None for the words themselves
 ) -> str:
     "Noun phrase of a mention, without article or place: 'large red striped star'."
     words = [_word(v, style) for v in (mention.size, mention.colour, mention.texture) if v]

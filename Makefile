@@ -1,0 +1,32 @@
+# Two commands: `make reproduce` and `make test`. Both set up .venv from requirements.lock first (once).
+PROFILE ?= cpu
+FROM_SCRATCH ?=
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.finished
+
+.PHONY: help setup reproduce update test lock notebooks
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the locked versions
+
+$(STAMP): requirements.lock settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+reproduce: setup  ## regenerate every figure and table; PROFILE=smoke|cpu|gpu, FROM_SCRATCH=1 retrains the base checkpoints
+	$(BIN)/lvlm-research reproduce --profile $(PROFILE) $(if $(FROM_SCRATCH),--from-scratch)
+
+update: setup  ## rerun only what changed
+	$(BIN)/lvlm-research update --profile $(PROFILE)
+
+test: setup  ## everything CI runs: notebooks top to bottom, then the tests
+	OMP_NUM_THREADS=1 LVLM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests
+
+lock: setup  ## resolve settings.ini anew into requirements.lock (torch stays as pinned there)
+	$(BIN)/python tests/make_lock.py

@@ -1,0 +1,99 @@
+"Bad input ends with exit code 2 and one line; good input does what it says, on scenes saved as files and on real photographs."
+import json
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from conftest import CHECKPOINTS, ROOT, fails_in_one_line, run
+from lvlm_research.scenes import sample_scenes, scene_images, short_caption
+
+MODEL = str(CHECKPOINTS / "llava-micro")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Eight scenes as a user's folder."
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(8, rng, "test", counts=(2, 3))
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i, (picture, scene) in enumerate(zip(scene_images(scenes, 90), scenes)):
+        Image.fromarray(picture).save(tmp_path / f"images/{i}.png")
+        lines.append(json.dumps({"image": f"images/{i}.png", "captions": [short_caption(scene, rng)], "label": f"class {i % 3}", "split": ("train", "test")[i % 2]}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_evaluate_embed_and_search_a_folder(folder):
+    result = run("evaluate", "--model", MODEL, "--data", str(folder), "--label", "label", "--out", str(folder / "rows.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(folder / "rows.csv")
+    assert set(rows.benchmark) == {"retrieval", "classification"} and rows.value.between(0, 100).all()
+    result = run("embed", "--model", MODEL, "--data", str(folder), "--out", str(folder / "index.parquet"))
+    assert result.returncode == 0 and "8 pictures" in result.stdout
+    result = run("search", "--model", MODEL, "--index", str(folder / "index.parquet"), "--image", str(folder / "images/5.png"), "--top", "3")
+    first = result.stdout.splitlines()[0].split()
+    assert first[1] == "images/5.png" and float(first[0]) == pytest.approx(1, abs=1e-4) and len(result.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("line, says", [
+    ('{"image": "images/none.png", "captions": ["x"]}', "line 9: image 'images/none.png' does not exist"),
+    ('{"image": "images/0.png"', "line 9: not valid JSON"),
+    ("", "line 9: empty"),
+    ('{"image": "images/0.png", "captions": "x"}', "field 'captions'"),
+    ('{"captions": ["x"]}', "field 'image'"),
+    ('{"image": "/etc/hostname", "captions": ["x"]}', "outside the folder"),
+])
+def test_bad_lines_of_captions(folder, line, says):
+    with open(folder / "captions.jsonl", "a") as f:
+        f.write(line + "\n")
+    fails_in_one_line("evaluate", "--model", MODEL, "--data", str(folder), "--out", str(folder / "rows.csv"), says=says)
+    assert not (folder / "rows.csv").exists()
+
+
+def test_a_broken_image_is_named(folder):
+    (folder / "images/3.png").write_bytes((folder / "images/3.png").read_bytes()[:60])
+    fails_in_one_line("evaluate", "--model", MODEL, "--data", str(folder), says="3.png: not a readable image")
+    fails_in_one_line("embed", "--model", MODEL, "--data", str(folder), "--out", str(folder / "i.parquet"), says="3.png: not a readable image")
+    assert not list(folder.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("argv, says", [
+    (("reproduce", "--profile", "tiny"), "unknown profile 'tiny': use one of smoke, cpu, gpu, paper"),
+    (("evaluate", "--model", "no/model", "--data", "."), "captions.jsonl: no such file"),
+    (("stage", "tab9"), "unknown stage 'tab9'"),
+    (("stage", "tab2", "-p", "bogus=1"), "unknown parameter 'bogus'"),
+    (("stage", "tab2", "-p", "profile=3"), "must be str"),
+    (("search", "--model", "m", "--index", "none.parquet", "--query", "x"), "none.parquet: no such file"),
+])
+def test_bad_arguments(argv, says):
+    fails_in_one_line(*argv, says=says)
+
+
+def test_a_model_folder_that_is_none(folder):
+    fails_in_one_line("evaluate", "--model", str(folder), "--data", str(folder), says="without config.json")
+    fails_in_one_line("evaluate", "--model", str(folder / "none"), "--data", str(folder), says="does not exist")
+    (folder / "config.json").write_text("{}")
+    fails_in_one_line("evaluate", "--model", str(folder), "--data", str(folder), says="not a model")
+
+
+def test_a_results_folder_of_another_profile(tmp_path):
+    (tmp_path / "profile.json").write_text('{"profile": "cpu"}')
+    fails_in_one_line("update", "--profile", "smoke", "--results", str(tmp_path), says="holds results of profile 'cpu'")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("x")
+    fails_in_one_line("reproduce", "--profile", "smoke", "--results", str(tmp_path / "other"), says="not a results folder")
+    assert (tmp_path / "other/thesis.tex").exists()
+
+
+def test_real_photographs(real_data, tmp_path):
+    "The path is proven; the micro model knows nothing of photographs and is said to be near chance."
+    result = run("evaluate", "--model", MODEL, "--data", str(real_data / "real_pairs/coco_cc"), "--out", str(tmp_path / "rows.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "rows.csv").set_index("metric")
+    assert rows.n["t2i R@1"] == 190 and rows.n["i2t R@1"] == 38
+    assert rows.chance["t2i R@1"] == pytest.approx(100 / 38, abs=0.01)
+    assert "know" in result.stdout

@@ -1,0 +1,99 @@
+"The repository keeps its own rules: sync, parameters cells, one place for requirements, a fast command line."
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from importlib.metadata import version
+
+import pytest
+from packaging.requirements import Requirement
+
+from conftest import ROOT
+from lvlm_research.reproduce import declared_parameters, stages
+
+PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
+NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
+
+
+def settings() -> dict:
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    return config["DEFAULT"]
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "results", "data", "__pycache__", ".hypothesis", ".pytest_cache", "*.egg-info"))
+    files = [p for p in copy.rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")]
+    before = {p: p.read_bytes() for p in files}
+    for tool in ("nbdev_export", "nbdev_clean"):
+        command = f"from nbdev.export import *; from nbdev.clean import *; {tool}()"
+        subprocess.run([sys.executable, "-c", command], cwd=copy, check=True, capture_output=True)
+    assert [str(p.relative_to(copy)) for p in files if p.read_bytes() != before[p]] == []
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_every_parameter_is_flat_commented_and_read(path):
+    declared = declared_parameters(path)
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    assert all(" # " in line for line in source.splitlines())
+    below = [c for c in cells if "parameters" not in c["metadata"].get("tags", [])]
+    read = {n.id for c in below for n in ast.walk(ast.parse("".join(c["source"]))) if isinstance(n, ast.Name)}
+    assert set(declared) <= read
+    assert declared["profile"] == "smoke" and declared["results"] == ""
+
+
+def test_the_graph_uses_only_declared_parameters():
+    for stage in stages("cpu"):
+        declared = declared_parameters(ROOT / "nbs" / "paper" / f"{stage.notebook}.ipynb")
+        assert set(stage.parameters) <= set(declared)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_use_the_plain_kernel_and_store_no_error(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert not any(o["output_type"] == "error" for o in outputs)
+
+
+def test_requirements_lock_and_environment_agree():
+    lock = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+    pinned = {}
+    for r in lock:
+        pinned.setdefault(r.name.lower().replace("_", "-"), []).append(r.specifier)
+    for group in ("requirements", "reproduce_requirements", "dev_requirements"):
+        for wanted in map(Requirement, settings()[group].split()):
+            versions = [str(s).removeprefix("==") for s in pinned[wanted.name.lower()]]
+            assert versions and all(wanted.specifier.contains(v) for v in versions), wanted.name
+    environment = (ROOT / "environment.yml").read_text()
+    assert "-r requirements.lock" in environment and "python=3." in environment
+
+
+def test_the_installed_versions_are_the_locked_ones():
+    for name in ("torch", "transformers", "peft", "lightning", "papermill", "nbdev"):
+        assert f"{name}=={version(name).split('+')[0]}" in (ROOT / "requirements.lock").read_text()
+
+
+@pytest.mark.parametrize("code", ["import lvlm_research", "import lvlm_research.cli as c; c.parser().format_help()", "import lvlm_research.reproduce"])
+def test_light_imports(code):
+    check = f"{code}; import sys; print([m for m in ('torch', 'transformers', 'pandas', 'datasets', 'papermill', 'fastcore') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_modules_import_only_from_modules_before_them():
+    names = {}
+    for path in sorted(ROOT.glob("nbs/*.ipynb")):
+        source = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        if "default_exp" in source:
+            names[source.split()[-1]] = path.stem
+    for module in names:
+        for node in ast.walk(ast.parse((ROOT / "lvlm_research" / f"{module}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                assert node.module != module
+                assert module not in {n.module for n in ast.walk(ast.parse((ROOT / "lvlm_research" / f"{node.module}.py").read_text())) if isinstance(n, ast.ImportFrom) and n.level == 1}
