@@ -40,7 +40,7 @@ class ClipEmbedder:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
-        return cls(CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder, backend="pil"))
+        return cls(CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPProcessor.from_pretrained(folder, backend="pil"))
 
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
