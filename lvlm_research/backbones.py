@@ -14,12 +14,13 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
+from transformers.utils import logging as hf_logging
 
 from .scenes import long_caption, sample_scenes, short_caption
 
 # %% auto #0
-__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'Size', 'train_tokenizer', 'world_tokenizer', 'micro_clip',
-           'micro_llava']
+__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'Size', 'train_tokenizer', 'world_tokenizer', 'quiet_loading',
+           'micro_clip', 'micro_llava']
 
 # %% ../nbs/05_backbones.ipynb #e757989a
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ def world_tokenizer() -> PreTrainedTokenizerFast:
     rng = np.random.default_rng(0)
     texts = [caption(scene, rng) for scene in sample_scenes(2000, rng) for caption in (short_caption, long_caption)]
     return train_tokenizer(texts + [_INSTRUCTION_WORDS] * 5)
+
+# %% ../nbs/05_backbones.ipynb #84895d6b
+def quiet_loading() -> None:
+    "No progress bar for a checkpoint of a few megabytes, neither on the command line nor in an executed notebook."
+    hf_logging.disable_progress_bar()
 
 # %% ../nbs/05_backbones.ipynb #1eca4084
 def _image_processor(size: Size) -> CLIPImageProcessorPil:

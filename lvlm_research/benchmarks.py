@@ -21,7 +21,7 @@ from .scenes import (NEGATIVE_TYPES, Scenes, concatenate, holds, pair_items, phr
 # %% auto #0
 __all__ = ['TEMPLATES', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs', 'scene_pairs_benchmark', 'blind_scores',
            'Winoground', 'scene_winoground', 'Classification', 'class_texts', 'scene_classification', 'scene_suite',
-           'SharedRetrieval', 'folder_suite', 'load_images']
+           'SharedRetrieval', 'folder_suite']
 
 # %% ../nbs/04_benchmarks.ipynb #0067d5d1
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class SharedRetrieval(Benchmark):
 
 def folder_suite(data: Dataset, label: str = "") -> list[Benchmark]:
     "Benchmarks of a data folder: retrieval, and classification by a label field."
-    images = list(data["image"])
+    images = [open_image(path) for path in data["image"]]
     texts = list(dict.fromkeys(c for captions in data["captions"] for c in captions))
     row = {t: i for i, t in enumerate(texts)}
     relevant = np.zeros((len(texts), len(images)), bool)
@@ -230,8 +230,3 @@ def _label_classification(data: Dataset, images: list, label: str) -> Classifica
         names.setdefault(value, captions[0])
     index = {value: i for i, value in enumerate(names)}
     return Classification("classification", images, class_texts(list(names.values())), np.array([index[v] for v in data[label]]), len(TEMPLATES), label)
-
-
-def load_images(images: list) -> list:
-    "Paths opened; pictures passed on."
-    return [open_image(i) if isinstance(i, str) else i for i in images]

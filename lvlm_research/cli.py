@@ -82,12 +82,12 @@ def run_embed(args: argparse.Namespace) -> None:
     "Embed every picture below a folder."
     from datasets import Dataset
 
-    from lvlm_research.benchmarks import load_images
+    from lvlm_research.datasets import open_image
     from lvlm_research.evaluation import load_embedder
 
     set_threads()
     paths = _pictures(args.data)
-    images = load_images(paths)
+    images = [open_image(p) for p in paths]
     vectors = load_embedder(args.model).encode_image(images, progress=sys.stderr.isatty())
     relative = [str(Path(p).relative_to(args.data)) for p in paths]
     with write_beside(args.out) as part:

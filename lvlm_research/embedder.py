@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .backbones import quiet_loading
 from .config import InputError, find_model, method_of
 from .losses import next_token_loss
 from .prompts import SUMMARY, Prompt, SoftPrompts
@@ -274,6 +275,7 @@ def save_pretrained(self, folder: str | Path) -> Path:
 # %% ../nbs/06_embedder.ipynb #359a5066
 def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     "A generative checkpoint and its processor, without remote code and without torchvision."
+    quiet_loading()
     folder = find_model(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     return model, AutoProcessor.from_pretrained(folder, backend="pil")

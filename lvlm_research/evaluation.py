@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from .benchmarks import Benchmark, Pairs, Score, blind_scores, load_images
+from .backbones import quiet_loading
+from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model
 from .embedder import DiscriminativeLVLM, in_batches
 from .metrics import bootstrap_interval
@@ -65,6 +66,7 @@ class ClipEmbedder:
 
 def load_embedder(folder: str | Path) -> Embedder:
     "A CLIP, an LVLM or a trained adapter, whatever the folder holds."
+    quiet_loading()
     folder = find_model(folder)
     if (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text():
         return ClipEmbedder.from_pretrained(folder)
@@ -107,7 +109,7 @@ def evaluate(
     "Tidy rows of all benchmarks."
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
-    image, text = embedder.encode_image(load_images(images), progress=progress), embedder.encode_text(texts, progress=progress)
+    image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
     rows = []
     for bench, i, t in zip(suite, image_rows, text_rows):
         rows += [_row(score, bench.name, draws, **run) for score in bench.score(image[i], text[t])]

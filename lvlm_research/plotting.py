@@ -86,15 +86,16 @@ def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float
 # %% ../nbs/14_plotting.ipynb #b54ab925
 def to_markdown(table: pd.DataFrame) -> str:
     "A table as GitHub markdown; empty cells for missing values."
-    text = lambda v: "" if v is None or (isinstance(v, float) and np.isnan(v)) else (f"{v:.1f}" if isinstance(v, float) else str(v))
+    text = lambda v: "" if pd.isna(v) else (f"{v:.1f}" if isinstance(v, float) else str(v))
     rows = [list(table.columns), ["---"] * table.shape[1], *([text(v) for v in row] for row in table.itertuples(index=False))]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def save_table(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
-    "Write `name`.csv and `name`.md."
+    "Write `name`.csv whole, and `name`.md with our rows and the reported ones in a block each; `table` has a column `source`."
     with write_beside(Path(folder) / f"{name}.csv") as part:
         table.to_csv(part, index=False)
+    blocks = [f"**{source}**\n\n" + to_markdown(block.drop(columns="source").dropna(axis=1, how="all")) for source, block in table.groupby("source", sort=False)]
     with write_beside(Path(folder) / f"{name}.md") as part:
-        part.write_text(to_markdown(table), encoding="utf-8")
+        part.write_text("\n".join(blocks), encoding="utf-8")
     return [Path(folder) / f"{name}.csv", Path(folder) / f"{name}.md"]

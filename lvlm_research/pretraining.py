@@ -20,9 +20,9 @@ from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELA
                                   say, short_caption, short_claim, stated_facts, true_facts, true_relations)
 
 # %% auto #0
-__all__ = ['IMAGE_QUESTIONS', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_attribute', 'ask_count',
-           'ask_background', 'ask_relation', 'ask_side', 'ask_presence', 'ask_truth', 'ask_summary', 'ask_brief',
-           'ask_detail', 'read_summary', 'read_paraphrase', 'read_meaning', 'read_attribute', 'read_long',
+__all__ = ['IMAGE_QUESTIONS', 'BINDING_QUESTIONS', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_attribute',
+           'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence', 'ask_truth', 'ask_summary',
+           'ask_brief', 'ask_detail', 'read_summary', 'read_paraphrase', 'read_meaning', 'read_attribute', 'read_long',
            'Conversations', 'conversations', 'pretraining_batches', 'Pretraining', 'answer_accuracy', 'describe',
            'caption_facts']
 
@@ -179,6 +179,9 @@ IMAGE_QUESTIONS = {  # kind -> weight in the mixture
     ask_summary: 2, ask_brief: 1.5, ask_detail: 1.2,
 }
 
+# %% ../nbs/10_pretraining.ipynb #4a3609bb
+BINDING_QUESTIONS = {ask: IMAGE_QUESTIONS[ask] for ask in (ask_place, ask_where, ask_attribute, ask_relation, ask_side, ask_presence)}
+
 # %% ../nbs/10_pretraining.ipynb #2d89b6a0
 def _text_claim(scene: Scenes, rng: np.random.Generator) -> Claim:
     claim = short_claim(scene, rng)
@@ -275,6 +278,7 @@ def pretraining_batches(
     seed: int,
     budget: int = 110,  # text tokens per row
     text_every: int = 5,  # one batch in so many is text only; 0 for none
+    questions_first: int = 0,  # so many batches of questions alone, before captions and summaries join
     split: str = "train",
 ) -> Callable[[], Iterator[Conversations]]:
     "A stream of conversations about fresh scenes."
@@ -285,7 +289,7 @@ def pretraining_batches(
             index += 1
             text = text_every and index % text_every == 0
             scenes = sample_scenes(batch_size, rng, split)
-            mixture, number = (TEXT_INSTRUCTIONS, 4) if text else (IMAGE_QUESTIONS, 9)
+            mixture, number = (TEXT_INSTRUCTIONS, 4) if text else (BINDING_QUESTIONS, 14) if index <= questions_first else (IMAGE_QUESTIONS, 9)
             rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
             encoded = conversations(tokenizer, rows, 0 if text else image_tokens, budget)
             yield Conversations(*encoded, scenes=None if text else scenes)

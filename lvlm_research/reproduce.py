@@ -295,7 +295,7 @@ def load_rows(results: Path):
     files = [results / "rows" / f"{m}.csv" for m in (*EVALUATED, "blind")]
     if all(f.is_file() for f in files):
         return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
-    return pd.read_csv(artefact(results, "rows.csv", "data/reference/cpu/rows.csv"))
+    return pd.read_csv(artefact(results, "rows.csv", next((f"data/reference/{p}/rows.csv" for p in ("cpu", "smoke") if (root() / f"data/reference/{p}/rows.csv").is_file()), "data/reference/cpu/rows.csv")))
 
 
 def manifest(results: Path, profile: str) -> dict:
@@ -310,20 +310,25 @@ h1{font-size:1.6rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e5e5e5;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #999}
-tr.reported td{color:#777;font-style:italic}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
+table.reported td{color:#666;font-style:italic}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
 pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.7rem}.note{color:#555}
 """
 
 
 def table_html(csv_path: Path) -> str:
-    "A table file as HTML; rows whose `source` is 'reported' are set apart."
+    "A table file as HTML: our rows and the reported ones in a block each, without the columns that are empty there."
     import csv
 
     with open(csv_path, newline="", encoding="utf-8") as f:
         header, *rows = list(csv.reader(f))
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(_short(v))}</{tag}>" for v in row)
-    body = "".join(f"<tr{' class=reported' if 'reported' in row else ''}>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+    source, parts = header.index("source"), []
+    for name in dict.fromkeys(row[source] for row in rows):
+        block = [row for row in rows if row[source] == name]
+        kept = [i for i in range(len(header)) if i != source and any(row[i] for row in block)]
+        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(_short(row[i]))}</{tag}>" for i in kept)
+        body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in block)
+        parts.append(f"<h3>{html.escape(name)}</h3><div class=scroll><table class={html.escape(name)}><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>")
+    return "".join(parts)
 
 
 def _short(value: str) -> str:

@@ -52,4 +52,4 @@ def budgets(results: Path) -> pd.DataFrame:
         if path.is_file():
             card = json.loads(path.read_text())
             cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds")})
-    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds"])
+    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})

@@ -1,13 +1,12 @@
 "Bad input ends with exit code 2 and one line; good input does what it says, on scenes saved as files and on real photographs."
 import json
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import CHECKPOINTS, ROOT, fails_in_one_line, run
+from conftest import CHECKPOINTS, fails_in_one_line, run
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
 MODEL = str(CHECKPOINTS / "llava-micro")
