@@ -100,6 +100,7 @@ def micro_llava(
     "A LLaVA with a random trunk and projector, and its processor."
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=11 * size.width // 4, num_hidden_layers=size.text_layers,
                        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
+                       initializer_range=size.width**-0.5,  # the default 0.02 suits widths in the thousands
                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**_vision_config(size)), text_config=text, tie_word_embeddings=False,
                          image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=size.image_tokens)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside',
-           'write_text', 'sha256', 'git_revision', 'run_identity', 'set_threads', 'method_of']
+           'write_text', 'sha256', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Profile:
     tower_steps: int = 1800  # region pre-training of the vision tower, batches of 64 pictures
     dual_steps: int = 1800  # contrastive training of the dual encoder
     dual_batch: int = 256
-    patch_steps: int = 400  # last steps of the dual encoder, with every patch read by itself
+    patch_steps: int = 600  # last steps of the dual encoder, with every patch read by itself
     negclip_steps: int = 150  # further steps with hard negatives, from the trained CLIP
     pretrain_steps: int = 6500  # generative pre-training of the LVLM
+    question_steps: int = 2000  # of these, the first with binding questions alone
     pretrain_batch: int = 24
     pretrain_lr: float = 1.5e-3
     train_steps: int = 250  # discriminative fine-tuning, per variant
@@ -48,10 +49,10 @@ class Profile:
 
 
 PROFILES = {p.name: p for p in (
-    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, patch_steps=2, negclip_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
+    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, patch_steps=2, negclip_steps=2, pretrain_steps=4, question_steps=2, pretrain_batch=8, train_steps=3, train_batch=8,
             retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, draws=200),
     Profile("cpu"),
-    Profile("gpu", size="small", tower_steps=6000, dual_steps=6000, dual_batch=512, patch_steps=2000, negclip_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=5e-4,
+    Profile("gpu", size="small", tower_steps=6000, dual_steps=6000, dual_batch=512, patch_steps=2000, negclip_steps=1000, pretrain_steps=20000, question_steps=6000, pretrain_batch=128, pretrain_lr=5e-4,
             train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, items=1000, class_images=4000, precision="bf16-mixed"),
     Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed"),
 )}
@@ -144,15 +145,19 @@ def run_identity() -> dict:
     "Revision, versions and hardware."
     folder = find_root()
     return {"revision": git_revision(folder) if folder else "package", "python": platform.python_version(),
-            "versions": {p: _version(p) for p in PACKAGES}, "machine": platform.machine(), "cores": os.cpu_count(), "system": platform.system()}
+            "versions": {p: _version(p) for p in PACKAGES}, "machine": platform.machine(), "cores": available_cores(), "system": platform.system()}
+
+
+def available_cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads() -> int:
-    "Pin the number of torch threads to LVLM_THREADS (default: the cores this process may use): spinning threads on a busy machine cost up to 30 times."
+    "Pin the number of torch threads to LVLM_THREADS (default: the cores at hand): spinning threads on a busy machine cost up to 30 times."
     import torch
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(int(os.environ.get("LVLM_THREADS", allowed)))
+    torch.set_num_threads(int(os.environ.get("LVLM_THREADS", available_cores())))
     return torch.get_num_threads()
 
 # %% ../nbs/00_config.ipynb #d14ecb5d

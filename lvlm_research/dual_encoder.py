@@ -24,26 +24,32 @@ __all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_bat
 class RegionHead(nn.Module):
     "Attributes of the object in each quarter, from patch tokens `(N, P, D)`: logits `{attribute: (N, 4, R, values + 1)}`, R readings per quarter."
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, patches: int):
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in VALUES.items()})
+        self.place = nn.Linear(width, patches)
 
     def forward(self, patches: torch.Tensor, each: bool = False) -> dict[str, torch.Tensor]:
-        "One reading per quarter (the mean of its patches), or one per patch (`each`)."
+        "One reading per quarter (the mean of its patches), or one per patch (`each`), which then also says its `place`."
         n, tokens, width = patches.shape
         half = int(tokens**0.5) // 2
         quarters = patches.view(n, 2, half, 2, half, width).transpose(2, 3).reshape(n, 4, half * half, width)
         readings = quarters if each else quarters.mean(2, keepdim=True)
-        return {name: head(readings) for name, head in self.heads.items()}
+        return {name: head(readings) for name, head in self.heads.items()} | ({"place": self.place(readings)} if each else {})
 
 
 def region_loss(logits: dict[str, torch.Tensor], scenes: Scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    "Mean cross entropy over attributes, and the accuracy of each where there is an object."
+    "Mean cross entropy over attributes (and place), and the accuracy of each where there is an object."
     losses, right = [], {}
+    present = torch.as_tensor(scenes.present)
     for name, scores in logits.items():
-        labels = torch.as_tensor(getattr(scenes, name), device=scores.device).long()[..., None].expand(scores.shape[:-1]) + 1
+        shape = scores.shape[:-1]
+        if name == "place":
+            labels = torch.arange(shape[1] * shape[2], device=scores.device).view(1, *shape[1:]).expand(shape)
+        else:
+            labels = torch.as_tensor(getattr(scenes, name), device=scores.device).long()[..., None].expand(shape) + 1
         losses.append(F.cross_entropy(scores.flatten(0, -2), labels.flatten()))
-        right[name] = (scores.argmax(-1) == labels)[labels > 0].float().mean()
+        right[name] = (scores.argmax(-1) == labels)[present.to(scores.device)].float().mean()
     return torch.stack(losses).mean(), right
 
 # %% ../nbs/07_dual_encoder.ipynb #91441c1d
@@ -58,7 +64,8 @@ class DualEncoder(FitModule):
     def __init__(self, model: CLIPModel, each_patch: bool = False, **optimiser):
         super().__init__(**optimiser)
         self.model, self.each_patch = model, each_patch
-        self.regions = RegionHead(model.config.vision_config.hidden_size)
+        vision = model.config.vision_config
+        self.regions = RegionHead(vision.hidden_size, (vision.image_size // vision.patch_size) ** 2)
 
     def contrastive(self, image: torch.Tensor, text: torch.Tensor, negatives: torch.Tensor | None) -> torch.Tensor:
         "Symmetric cross entropy of unit-norm embeddings `(B, D)`; `negatives` are columns for the images only."

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import PROFILES, InputError, find_root, profile_of, root, run_identity, sha256, write_text
+from .config import InputError, available_cores, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'REPRODUCIBLE', 'Stage', 'stages', 'stage_of', 'notebook_path', 'declared_parameters',
-           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
-           'has_snakemake', 'run_graph', 'load_rows', 'manifest', 'table_html', 'report_html']
+__all__ = ['TRAINED', 'EVALUATED', 'Stage', 'stages', 'stage_of', 'notebook_path', 'declared_parameters', 'check_parameters',
+           'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake',
+           'run_graph', 'load_rows', 'manifest', 'table_html', 'report_html']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Stage:
 
 TRAINED = ("soft", "lora", "both", "vladva")  # variants with something to train
 EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
-REPRODUCIBLE = ("smoke", "cpu", "gpu")
 
 
 def _model_file(model: str) -> str:
@@ -262,7 +261,7 @@ def has_snakemake() -> bool:
 def run_graph(profile: str, results: str = "", fresh: bool = False, from_scratch: bool = False, cores: int | None = None) -> Path:
     "Bring the results of a profile up to date; `fresh` removes them first. Returns the folder."
     stages(profile)
-    folder, cores = results_folder(profile, results).resolve(), cores or os.cpu_count() or 1
+    folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     if fresh:
         shutil.rmtree(folder)
         results_folder(profile, str(folder))
@@ -295,7 +294,8 @@ def load_rows(results: Path):
     files = [results / "rows" / f"{m}.csv" for m in (*EVALUATED, "blind")]
     if all(f.is_file() for f in files):
         return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
-    return pd.read_csv(artefact(results, "rows.csv", next((f"data/reference/{p}/rows.csv" for p in ("cpu", "smoke") if (root() / f"data/reference/{p}/rows.csv").is_file()), "data/reference/cpu/rows.csv")))
+    reference = next((f"data/reference/{p}/rows.csv" for p in ("cpu", "smoke") if (root() / f"data/reference/{p}/rows.csv").is_file()), "data/reference")
+    return pd.read_csv(artefact(results, "rows.csv", reference))
 
 
 def manifest(results: Path, profile: str) -> dict:
