@@ -25,7 +25,7 @@ update: setup  ## rerun only what changed
 	$(BIN)/lvlm-research update --profile $(PROFILE)
 
 test: setup  ## everything CI runs: notebooks top to bottom, then the tests
-	OMP_NUM_THREADS=1 LVLM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_test --n_workers 1
 	$(BIN)/python -m pytest tests
 
 lock: setup  ## resolve settings.ini anew into requirements.lock (torch stays as pinned there)

@@ -164,7 +164,7 @@ def results_folder(profile: str, results: str = "") -> Path:
         owner = json.loads(mark.read_text()).get("profile")
         if owner != profile:
             raise InputError(f"{folder}: holds results of profile {owner!r}, not {profile!r}; use another folder or remove it")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
         write_text(mark, json.dumps({"profile": profile}) + "\n")
