@@ -32,8 +32,8 @@ class Profile:
     dual_batch: int = 256
     patch_steps: int = 600  # last steps of the dual encoder, with every patch read by itself
     negclip_steps: int = 150  # further steps with hard negatives, from the trained CLIP
-    pretrain_steps: int = 6500  # generative pre-training of the LVLM
-    question_steps: int = 2000  # of these, the first with binding questions alone
+    pretrain_steps: int = 3200  # generative pre-training of the LVLM
+    question_steps: int = 1800  # of these, the first with binding questions alone
     pretrain_batch: int = 24
     pretrain_lr: float = 1.5e-3
     train_steps: int = 250  # discriminative fine-tuning, per variant
