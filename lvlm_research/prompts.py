@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['SUMMARY', 'CANDIDATES', 'Prompt', 'SoftPrompts']
+__all__ = ['SUMMARY', 'Prompt', 'SoftPrompts']
 
 # %% ../nbs/02_prompts.ipynb #90656690
 @dataclass(frozen=True)
@@ -27,12 +27,6 @@ class Prompt:
 
 
 SUMMARY = Prompt("summary of the picture in one word:", "summary of the sentence in one word:")
-CANDIDATES = {
-    "summary": SUMMARY,
-    "what": Prompt("what is in the picture?", "what is in the picture?"),
-    "briefly": Prompt("describe the picture briefly.", "say this in another way."),
-    "none": Prompt("", ""),
-}
 
 # %% ../nbs/02_prompts.ipynb #7167a25d
 class SoftPrompts(nn.Module):
