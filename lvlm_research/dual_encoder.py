@@ -18,7 +18,8 @@ from .fitting import FitModule
 from .scenes import VALUES, Scenes, hard_negative, render, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
-__all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall', 'RecallCurve']
+__all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall', 'RecallCurve',
+           'patch_probe']
 
 # %% ../nbs/07_dual_encoder.ipynb #cfd85bbe
 class RegionHead(nn.Module):
@@ -164,3 +165,27 @@ class RecallCurve(L.Callback):
             t2i, i2t = dual_recall(module.model, self.processor, self.scenes, self.captions)
             module.train()
             module.history[-1].update(t2i=t2i, i2t=i2t)
+
+# %% ../nbs/07_dual_encoder.ipynb #39be3e0c
+def _linear_probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> float:
+    "Test accuracy of a ridge regression on one-hot labels."
+    design = lambda x: F.pad(x.double(), (0, 1), value=1.0)
+    x, y = design(train), F.one_hot(labels).double()
+    weights = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ y)
+    return ((design(test) @ weights).argmax(1) == truth).double().mean().item()
+
+
+@torch.no_grad()
+def patch_probe(model: CLIPModel, scenes: Scenes) -> list[dict[str, float]]:
+    "Per hidden layer of the vision tower: accuracy of a linear probe of single patch tokens for `quarter` and the attributes of its object; a third of the scenes is held out."
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
+    quarter = (2 * (2 * rows // side) + 2 * columns // side).expand(len(scenes), -1)
+    labels = {name: torch.as_tensor(getattr(scenes, name)).long().gather(1, quarter) + 1 for name in VALUES}  # 0 is nothing there
+    cut, table = 2 * len(scenes) // 3, []
+    for states in model.vision_model(scene_pixels(scenes, vision.image_size), output_hidden_states=True).hidden_states:
+        x = states[:, 1:]
+        table.append({name: _linear_probe(x[:cut].flatten(0, 1), y[:cut].flatten(), x[cut:].flatten(0, 1), y[cut:].flatten())
+                      for name, y in {"quarter": quarter, **labels}.items()})
+    return table

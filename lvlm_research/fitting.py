@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 # %% auto #0
-__all__ = ['Stream', 'FitModule', 'cosine_schedule', 'fit']
+__all__ = ['Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
@@ -48,12 +48,16 @@ class FitModule(L.LightningModule):
         "Batches hold scenes, which are rendered on the device; each module moves the tensors it needs."
         return batch
 
-    def configure_optimizers(self):
+    def make_optimizer(self) -> torch.optim.Optimizer:
         "AdamW; biases, norms and other vectors are not decayed."
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": self.hparams.weight_decay},
                   {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.hparams.lr, betas=self.hparams.betas)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.hparams.lr, betas=self.hparams.betas)
+
+    def configure_optimizers(self) -> dict:
+        "The optimiser with its schedule, stepped every batch."
+        optimizer = self.make_optimizer()
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_schedule(step, total, self.hparams.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -65,6 +69,22 @@ def cosine_schedule(step: int, total: int, warmup: float) -> float:
     if step < ramp:
         return (step + 1) / (ramp + 1)
     return 0.5 * (1 + math.cos(math.pi * min((step - ramp) / max(total - ramp, 1), 1)))
+
+# %% ../nbs/05a_fitting.ipynb #b23ce3b5
+class MuonAdamW(torch.optim.Optimizer):
+    "`torch.optim.Muon` on `matrices` and `torch.optim.AdamW` on `others`, stepped together; a schedule reaches both through the shared groups."
+
+    def __init__(self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float]):
+        self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.0))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable | None = None):
+        "One step of each part."
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
 
 # %% ../nbs/05a_fitting.ipynb #17f82c7f
 def fit(

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from .dual_encoder import scene_pixels
-from .fitting import FitModule
+from .fitting import FitModule, MuonAdamW
 from .prompts import SUMMARY
 from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELATIONS, SHAPES, SYNONYMS, TEXTURES, VALUES, Claim, Mention,
                                   Scenes, article, hard_negative, long_caption, matches, mention_of, paraphrase, phrase, plural, related, sample_scenes,
                                   say, short_caption, short_claim, stated_facts, true_facts, true_relations)
 
 # %% auto #0
-__all__ = ['IMAGE_QUESTIONS', 'BINDING_QUESTIONS', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_attribute',
+__all__ = ['IMAGE_QUESTIONS', 'CURRICULUM', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_attribute', 'ask_colour',
            'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence', 'ask_truth', 'ask_summary',
-           'ask_brief', 'ask_detail', 'read_summary', 'read_paraphrase', 'read_meaning', 'read_attribute', 'read_long',
-           'Conversations', 'conversations', 'pretraining_batches', 'Pretraining', 'answer_accuracy', 'describe',
-           'caption_facts']
+           'ask_brief', 'ask_detail', 'mixture_at', 'read_summary', 'read_paraphrase', 'read_meaning', 'read_attribute',
+           'read_long', 'Conversations', 'conversations', 'pretraining_batches', 'Pretraining', 'answer_accuracy',
+           'describe', 'caption_facts']
 
 # %% ../nbs/10_pretraining.ipynb #7f0eb68a
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def ask_where(scene: Scenes, rng: np.random.Generator) -> Turn:
     mention = _unique_mention(scene, cell, rng)
     if mention.place:
         return ask_place(scene, rng)
-    return Turn("where", f"where is {_the(mention, rng)}?", f"at the {PLACES[cell]}")
+    return Turn("where", f"what place is {_the(mention, rng)} at?", PLACES[cell])
 
 
 def ask_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -93,6 +93,12 @@ def ask_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
     cell, name = _cell(scene, rng), _choice(("shape", "shape", "colour", "colour", "size", "texture"), rng)
     mention = _unique_mention(scene, cell, rng, but=name)
     return Turn(name, f"what {name} is {_the(mention, rng)}?", _value(scene, cell, name))
+
+
+def ask_colour(scene: Scenes, rng: np.random.Generator) -> Turn:
+    "The colour of what has that shape."
+    cell = _cell(scene, rng)
+    return Turn("colour", f"what colour is {_the(_unique_mention(scene, cell, rng, but='colour'), rng)}?", _value(scene, cell, "colour"))
 
 
 def ask_count(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -175,12 +181,25 @@ def ask_detail(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 IMAGE_QUESTIONS = {  # kind -> weight in the mixture
-    ask_place: 3, ask_where: 3, ask_attribute: 4, ask_count: 1, ask_background: 0.3, ask_relation: 2, ask_side: 2, ask_presence: 2, ask_truth: 3,
+    ask_place: 3, ask_where: 3, ask_attribute: 3, ask_colour: 1, ask_count: 1, ask_background: 0.3, ask_relation: 3, ask_side: 3, ask_presence: 1, ask_truth: 2,
     ask_summary: 2, ask_brief: 1.5, ask_detail: 1.2,
 }
 
-# %% ../nbs/10_pretraining.ipynb #4a3609bb
-BINDING_QUESTIONS = {ask: IMAGE_QUESTIONS[ask] for ask in (ask_place, ask_where, ask_attribute, ask_relation, ask_side, ask_presence)}
+# %% ../nbs/10_pretraining.ipynb #8e3482ed
+CURRICULUM = (  # share of the steps, mixture
+    (0.11, {ask_colour: 8, ask_attribute: 3, ask_place: 3, ask_relation: 1, ask_presence: 1}),
+    (0.14, {ask_where: 10, ask_colour: 2, ask_attribute: 1, ask_place: 2, ask_side: 1}),
+    (0.75, IMAGE_QUESTIONS),
+)
+
+
+def mixture_at(progress: float) -> dict[Callable, float]:
+    "The questions and their weights at a share of the training that is done, in [0, 1)."
+    for share, mixture in CURRICULUM[:-1]:
+        if progress < share:
+            return mixture
+        progress -= share
+    return CURRICULUM[-1][1]
 
 # %% ../nbs/10_pretraining.ipynb #2d89b6a0
 def _text_claim(scene: Scenes, rng: np.random.Generator) -> Claim:
@@ -278,7 +297,7 @@ def pretraining_batches(
     seed: int,
     budget: int = 110,  # text tokens per row
     text_every: int = 5,  # one batch in so many is text only; 0 for none
-    questions_first: int = 0,  # so many batches of questions alone, before captions and summaries join
+    steps: int = 0,  # length of the training, for the curriculum; 0 for everything from the start
     split: str = "train",
 ) -> Callable[[], Iterator[Conversations]]:
     "A stream of conversations about fresh scenes."
@@ -289,7 +308,8 @@ def pretraining_batches(
             index += 1
             text = text_every and index % text_every == 0
             scenes = sample_scenes(batch_size, rng, split)
-            mixture, number = (TEXT_INSTRUCTIONS, 4) if text else (BINDING_QUESTIONS, 14) if index <= questions_first else (IMAGE_QUESTIONS, 9)
+            mixture = TEXT_INSTRUCTIONS if text else mixture_at((index - 1) / steps) if steps else IMAGE_QUESTIONS
+            number = 4 if text else 9 if mixture is IMAGE_QUESTIONS else 14  # at least what fits into the budget
             rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
             encoded = conversations(tokenizer, rows, 0 if text else image_tokens, budget)
             yield Conversations(*encoded, scenes=None if text else scenes)
@@ -304,6 +324,13 @@ class Pretraining(FitModule):
         super().__init__(**optimiser)
         self.model = model
         model.model.vision_tower.requires_grad_(False)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        "Muon on the matrices between embedding and head, AdamW on the rest: about a third fewer steps to the same loss than AdamW alone."
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        inner = {name for name, p in trained if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+        return MuonAdamW([p for name, p in trained if name in inner], [p for name, p in trained if name not in inner],
+                         self.hparams.lr, self.hparams.weight_decay, self.hparams.betas)
 
     def hidden(self, batch: Conversations) -> torch.Tensor:
         "Final-norm states `(B, T, D)`."
