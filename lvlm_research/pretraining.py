@@ -85,7 +85,7 @@ def ask_where(scene: Scenes, rng: np.random.Generator) -> Turn:
     mention = _unique_mention(scene, cell, rng)
     if mention.place:
         return ask_place(scene, rng)
-    return Turn("where", f"what place is {_the(mention, rng)} at?", PLACES[cell])
+    return Turn("where", f"what place has {_the(mention, rng)}?", PLACES[cell])
 
 
 def ask_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -188,8 +188,9 @@ IMAGE_QUESTIONS = {  # kind -> weight in the mixture
 # %% ../nbs/10_pretraining.ipynb #8e3482ed
 CURRICULUM = (  # share of the steps, mixture
     (0.11, {ask_colour: 8, ask_attribute: 3, ask_place: 3, ask_relation: 1, ask_presence: 1}),
-    (0.14, {ask_where: 10, ask_colour: 2, ask_attribute: 1, ask_place: 2, ask_side: 1}),
-    (0.75, IMAGE_QUESTIONS),
+    (0.20, IMAGE_QUESTIONS),
+    (0.10, {ask_where: 10, ask_colour: 1, ask_place: 2, ask_relation: 1, ask_side: 2}),
+    (0.59, IMAGE_QUESTIONS),
 )
 
 
