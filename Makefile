@@ -19,7 +19,7 @@ $(STAMP): requirements.lock settings.ini setup.py
 	touch $@
 
 reproduce: setup  ## regenerate every figure and table; PROFILE=smoke|cpu|gpu, FROM_SCRATCH=1 retrains the base checkpoints
-	$(BIN)/lvlm-research reproduce --profile $(PROFILE) $(if $(FROM_SCRATCH),--from-scratch)
+	$(BIN)/lvlm-research reproduce --profile $(PROFILE) $(if $(filter 1,$(FROM_SCRATCH)),--from-scratch)
 
 update: setup  ## rerun only what changed
 	$(BIN)/lvlm-research update --profile $(PROFILE)

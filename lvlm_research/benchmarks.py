@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from .config import InputError, Profile
-from .datasets import open_image
+from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
 from .scenes import (NEGATIVE_TYPES, Scenes, concatenate, holds, pair_items, phrase, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, SHAPES, COLOURS, SIZES, TEXTURES)
@@ -112,7 +112,7 @@ def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random
 def blind_scores(bench: Pairs) -> list[tuple[str, Score]]:
     "(rule, score) of rules that never see a picture."
     first, second, negative = (bench.texts[i * bench.n : (i + 1) * bench.n] for i in range(3))
-    shorter = np.array([len(a) < len(b) for a, b in zip(first, negative)], float)
+    shorter = np.array([(np.sign(len(b) - len(a)) + 1) / 2 for a, b in zip(first, negative)])  # equal lengths: half a point
     vocabulary = {w: i for i, w in enumerate(sorted({w for t in bench.texts for w in t.split()}))}
 
     def counts(texts: list[str]) -> torch.Tensor:
@@ -199,17 +199,19 @@ class SharedRetrieval(Benchmark):
 
     def score(self, image, text):
         similarity, relevant = text @ image.T, torch.as_tensor(self.relevant)
-        scores = []
-        for direction, s, r in (("t2i", similarity, relevant), ("i2t", similarity.T, relevant.T)):
+        scores, first_picture = [], self.relevant.argmax(1)  # captions of one picture are not independent
+        for direction, s, r, groups in (("t2i", similarity, relevant, first_picture), ("i2t", similarity.T, relevant.T, None)):
             for k, values in expected_hits(s, r).items():
                 guess = expected_hits(torch.zeros_like(s), r, (k,))[k].mean()
-                scores.append(Score("folder", f"{direction} R@{k}", values, float(guess)))
+                scores.append(Score("folder", f"{direction} R@{k}", values, float(guess), groups))
         return scores
 
 
 def folder_suite(data: Dataset, label: str = "") -> list[Benchmark]:
     "Benchmarks of a data folder: retrieval, and classification by a label field."
-    images = [open_image(path) for path in data["image"]]
+    images = list(data["image"])  # paths, opened batch by batch when they are embedded
+    for path in images:
+        open_image(path)  # but a broken one is reported before a model is loaded
     texts = list(dict.fromkeys(c for captions in data["captions"] for c in captions))
     row = {t: i for i, t in enumerate(texts)}
     relevant = np.zeros((len(texts), len(images)), bool)
@@ -217,8 +219,8 @@ def folder_suite(data: Dataset, label: str = "") -> list[Benchmark]:
         relevant[[row[c] for c in captions], i] = True
     suite: list[Benchmark] = [SharedRetrieval("retrieval", images, texts, relevant)]
     if label:
-        if label not in data.column_names:
-            raise InputError(f"label field {label!r} is not in every line of captions.jsonl; fields: {', '.join(data.column_names)}")
+        if label not in data.column_names or label in ("image", "captions"):
+            raise InputError(f"label field {label!r} is not in every line of captions.jsonl; fields: {', '.join(n for n in data.column_names if n not in ('image', 'captions'))}")
         suite.append(_label_classification(data, images, label))
     return suite
 

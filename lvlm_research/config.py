@@ -18,7 +18,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside',
-           'write_text', 'sha256', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'method_of']
+           'write_text', 'sha256', 'write_card', 'git_revision', 'run_identity', 'available_cores', 'set_threads',
+           'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 @dataclass(frozen=True)
@@ -123,6 +124,12 @@ def sha256(path: str | Path) -> str:
             digest.update(block)
     return digest.hexdigest()
 
+# %% ../nbs/00_config.ipynb #0d86b402
+def write_card(folder: str | Path, **card) -> Path:
+    "Write `folder/card.json` with these fields and the sha256 of every weight file; the last thing written into a model folder."
+    weights = {p.name: sha256(p) for p in sorted(Path(folder).glob("*.safetensors"))}
+    return write_text(Path(folder) / "card.json", json.dumps(card | {"sha256": weights}, indent=1) + "\n")
+
 # %% ../nbs/00_config.ipynb #d44bf3d8
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "seaborn", "papermill", "snakemake")
 
@@ -156,7 +163,10 @@ def set_threads() -> int:
     "Pin the number of torch threads to LVLM_THREADS (default: the cores at hand): spinning threads on a busy machine cost up to 30 times."
     import torch
 
-    torch.set_num_threads(int(os.environ.get("LVLM_THREADS", available_cores())))
+    wanted = os.environ.get("LVLM_THREADS") or str(available_cores())
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise InputError(f"LVLM_THREADS is {wanted!r}: give a number of threads, or unset it")
+    torch.set_num_threads(int(wanted))
     return torch.get_num_threads()
 
 # %% ../nbs/00_config.ipynb #d14ecb5d

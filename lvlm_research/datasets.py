@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .config import InputError
-from .embedder import Sequences, Templates
+from .embedder import Sequences, Templates, open_image
 from .scenes import long_caption, sample_scenes, scene_images, short_caption
 
 # %% auto #0
-__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'open_image', 'read_folder', 'only_split', 'scene_pairs', 'folder_pairs',
-           'JointBatch', 'joint_batches']
+__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'read_folder', 'only_split', 'scene_pairs', 'folder_pairs', 'JointBatch',
+           'joint_batches']
 
 # %% ../nbs/03_datasets.ipynb #79dbb1a6
 @dataclass(frozen=True)
@@ -34,17 +33,6 @@ class Pair:
 
 
 SHORT_TOKENS, LONG_TOKENS = 30, 500  # the paper's bins: short < 30 <= long <= 500
-
-# %% ../nbs/03_datasets.ipynb #77d0aba2
-def open_image(path: str | Path) -> Image.Image:
-    "A picture file as an upright RGB image."
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; check the path in captions.jsonl") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0][:80]}); replace or remove it") from None
 
 # %% ../nbs/03_datasets.ipynb #c8301c17
 def _record(line: str, where: str, folder: Path) -> dict:
@@ -60,29 +48,36 @@ def _record(line: str, where: str, folder: Path) -> dict:
         raise InputError(f"{where}: field 'image' must be a path relative to the folder")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise InputError(f"{where}: field 'captions' must be a list of at least one non-empty string")
-    path = (folder / image).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / image).resolve()
+        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        raise InputError(f"{where}: image {image[:60]!r} cannot be a path; give the file's path relative to the folder") from None
+    if not inside:
         raise InputError(f"{where}: image {image!r} lies outside the folder; move it inside")
-    if not path.is_file():
+    if not there:
         raise InputError(f"{where}: image {image!r} does not exist in {folder}; add it or remove the line")
     return record | {"image": str(path)}
 
 
 def read_folder(folder: str | Path) -> Dataset:
-    "Records of `folder/captions.jsonl` as a data set: `image` (path), `captions` (list), and the label fields that every line has."
+    "Records of `folder/captions.jsonl` as a data set: `image` (path), `captions` (list), and the label fields (text or number) that every line has; InputError names the line that is wrong."
     folder = Path(folder)
     file = folder / "captions.jsonl"
     if not file.is_file():
         raise InputError(f"{file}: no such file; the data folder needs images and a captions.jsonl")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: a caption may hold other line separators
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     empty = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
-    if empty or not lines:
-        raise InputError(f"{file}, line {empty or 1}: empty; remove the line" if lines else f"{file}: no records; write one JSON object a line")
+    if lines == [""]:
+        raise InputError(f"{file}: no records; write one JSON object a line")
+    if empty:
+        raise InputError(f"{file}, line {empty}: empty; remove the line")
     records = [_record(line, f"{file}, line {i}", folder) for i, line in enumerate(lines, 1)]
-    shared = [key for key in records[0] if all(key in r and type(r[key]) is type(records[0][key]) for r in records)]
+    scalar = lambda key: all(key in r and type(r[key]) is type(records[0][key]) for r in records) and isinstance(records[0][key], (str, int, float))
+    shared = ["image", "captions"] + [key for key in records[0] if key not in ("image", "captions") and scalar(key)]
     return Dataset.from_list([{key: r[key] for key in shared} for r in records])
 
 # %% ../nbs/03_datasets.ipynb #77850596
@@ -111,8 +106,10 @@ def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train
 
 
 def folder_pairs(data: Dataset, batch_size: int, tokenizer, seed: int) -> Callable[[], Iterator[list[Pair]]]:
-    "An endless shuffled stream over a folder: per visit one of the record's short captions and one of its long ones, sorted by token count."
+    "An endless shuffled stream over a folder: per visit one of the record's short captions and one of its long ones, sorted by token count. InputError if no caption is short."
     lengths = [[len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] for captions in data["captions"]]
+    if not any(n < SHORT_TOKENS for record in lengths for n in record):
+        raise InputError(f"no caption has fewer than {SHORT_TOKENS} tokens: the contrastive loss needs short ones; add a short caption per picture")
     choose = lambda options, rng: options[rng.integers(len(options))] if options else None
 
     def visit(index: int, rng: np.random.Generator) -> Pair:
@@ -133,11 +130,12 @@ def folder_pairs(data: Dataset, batch_size: int, tokenizer, seed: int) -> Callab
 # %% ../nbs/03_datasets.ipynb #a2d9b1bd
 @dataclass
 class JointBatch:
-    "Image sequences of all records, text sequences of those with a short caption, and which rows these are."
+    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and which of them have equal captions."
 
     image: Sequences
     text: Sequences | None
     has_short: torch.Tensor  # (B,) bool
+    same: torch.Tensor  # (S, S) bool, over the S short captions
 
 
 def joint_batches(templates: Templates, pairs: Callable[[], Iterator[list[Pair]]], with_long: bool = True) -> Callable[[], Iterator[JointBatch]]:
@@ -147,6 +145,7 @@ def joint_batches(templates: Templates, pairs: Callable[[], Iterator[list[Pair]]
         for batch in pairs():
             image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
             short = [p.short for p in batch if p.short]
-            yield JointBatch(image, templates.text(short) if short else None, torch.tensor([p.short is not None for p in batch]))
+            number = torch.tensor([short.index(s) for s in short])
+            yield JointBatch(image, templates.text(short) if short else None, torch.tensor([p.short is not None for p in batch]), number[:, None] == number)
 
     return make

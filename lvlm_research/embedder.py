@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -28,8 +30,8 @@ from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward',
-           'embed', 'embed_and_predict', 'in_batches', 'encode_image', 'encode_text', 'generate', 'enable_adapter',
-           'weights_hash', 'save_pretrained', 'load_lvlm', 'from_pretrained']
+           'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text',
+           'generate', 'enable_adapter', 'weights_hash', 'save_pretrained', 'load_lvlm', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -189,6 +191,25 @@ def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tenso
     image = F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
     return image, next_token_loss(states, batch.labels, self.model.lm_head)
 
+# %% ../nbs/06_embedder.ipynb #77d0aba2
+def open_image(path: str | Path) -> Image.Image:
+    "A picture file as an upright RGB image; InputError names the file if it is missing or broken."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata is no news to somebody who wants the pixels
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image; check the path in captions.jsonl") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise InputError(f"{path}: not a readable image ({cause}); replace or remove it") from None
+
+
+def opened(images: list) -> list:
+    "The same list with paths replaced by pictures."
+    return [open_image(i) if isinstance(i, (str, Path)) else i for i in images]
+
 # %% ../nbs/06_embedder.ipynb #115276dc
 def in_batches(
     items: list,
@@ -209,8 +230,8 @@ def in_batches(
 @method_of(DiscriminativeLVLM)
 @torch.inference_mode()
 def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
-    "Embed pictures (PIL images or uint8 arrays `(H, W, 3)`): unit-norm `(N, D)`."
-    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(b).to(self.device), "image"), progress=progress)
+    "Embed pictures (PIL images, uint8 arrays `(H, W, 3)` or paths): unit-norm `(N, D)`."
+    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(opened(b)).to(self.device), "image"), progress=progress)
 
 
 @method_of(DiscriminativeLVLM)

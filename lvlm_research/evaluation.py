@@ -17,8 +17,8 @@ from transformers import CLIPModel, CLIPProcessor
 from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model
-from .embedder import DiscriminativeLVLM, in_batches
-from .metrics import bootstrap_interval
+from .embedder import DiscriminativeLVLM, in_batches, opened
+from .metrics import bootstrap_interval, mean_of_means_interval
 
 # %% auto #0
 __all__ = ['Embedder', 'ClipEmbedder', 'load_embedder', 'evaluate', 'evaluate_blind']
@@ -46,7 +46,7 @@ class ClipEmbedder:
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
         def encode(batch: list) -> torch.Tensor:
-            pixels = self.processor(images=batch, return_tensors="pt").to(self.model.device)
+            pixels = self.processor(images=opened(batch), return_tensors="pt").to(self.model.device)
             return F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
 
         return in_batches(images, batch_size, encode, progress=progress)
@@ -54,10 +54,12 @@ class ClipEmbedder:
     @torch.inference_mode()
     def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
         tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
-        end = "" if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id else tokenizer.eos_token
+        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id  # CLIP pools at the end token, which must survive truncation
 
         def encode(batch: list[str]) -> torch.Tensor:
-            tokens = tokenizer([t + end for t in batch], padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.model.device)
+            ids = tokenizer(batch, truncation=True, max_length=longest if ends else longest - 1).input_ids
+            ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
+            tokens = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
             features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             return F.normalize(features.pooler_output, dim=-1)
 
@@ -68,22 +70,28 @@ def load_embedder(folder: str | Path) -> Embedder:
     "A CLIP, an LVLM or a trained adapter, whatever the folder holds."
     quiet_loading()
     folder = find_model(folder)
-    if (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text():
-        return ClipEmbedder.from_pretrained(folder)
+    is_clip = (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text(errors="replace")
     try:
-        return DiscriminativeLVLM.from_pretrained(folder)
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: not a model that can embed ({str(error).splitlines()[0][:120]}); give a CLIP, an image-text-to-text model or an adapter") from None
+        embedder = (ClipEmbedder if is_clip else DiscriminativeLVLM).from_pretrained(folder)
+    except InputError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors or json make of a damaged folder
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, an image-text-to-text model or an adapter") from None
+    (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return embedder
 
-# %% ../nbs/12_evaluation.ipynb #4b363d21
+# %% ../nbs/12_evaluation.ipynb #6f8078b0
+def _percent_row(run: dict, benchmark: str, subset: str, metric: str, value: float, n: int, interval: tuple[float, float], chance: float) -> dict:
+    percent = lambda x: round(100 * float(x), 4)
+    return run | {"benchmark": benchmark, "subset": subset, "metric": metric, "value": percent(value), "n": n,
+                  "ci_low": percent(interval[0]), "ci_high": percent(interval[1]), "chance": percent(chance)}
+
+
 def _row(score: Score, benchmark: str, draws: int, **run: str) -> dict:
     "One tidy row; values in percent."
-    low, high = bootstrap_interval(score.values, score.groups, draws)
-    percent = lambda x: round(100 * float(x), 4)
-    return run | {"benchmark": benchmark, "subset": score.subset, "metric": score.metric, "value": percent(np.mean(score.values)), "n": len(score.values),
-                  "ci_low": percent(low), "ci_high": percent(high), "chance": percent(score.chance)}
+    interval = bootstrap_interval(score.values, score.groups, draws)
+    return _percent_row(run, benchmark, score.subset, score.metric, np.mean(score.values), len(score.values), interval, score.chance)
 
 
 def _unique(lists: list[list]) -> tuple[list, list[np.ndarray]]:
@@ -110,10 +118,25 @@ def evaluate(
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
     image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
-    rows = []
+    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
+        raise ValueError("the model returned NaN or infinite embeddings: nothing can be scored")
+    scores: dict[str, list[Score]] = {}
     for bench, i, t in zip(suite, image_rows, text_rows):
-        rows += [_row(score, bench.name, draws, **run) for score in bench.score(image[i], text[t])]
-    return pd.DataFrame(rows)
+        scores[bench.name] = scores.get(bench.name, []) + bench.score(image[i], text[t])
+    rows = [_row(score, name, draws, **run) for name, found in scores.items() for score in found]
+    return pd.DataFrame(rows + _group_rows(scores.get("sugarcrepe", []), draws, **run))
+
+
+def _group_rows(scores: list[Score], draws: int, **run: str) -> list[dict]:
+    "Replace, swap and add: the mean over the categories of each, as in the paper's table 4, with a stratified interval."
+    rows = []
+    for group in ("replace", "swap", "add"):
+        parts = [s for s in scores if s.metric == "accuracy" and s.subset.startswith(group)]
+        if parts:
+            values = [s.values for s in parts]
+            interval = mean_of_means_interval(values, draws)
+            rows.append(_percent_row(run, "sugarcrepe", group, "mean accuracy", np.mean([v.mean() for v in values]), sum(map(len, values)), interval, parts[0].chance))
+    return rows
 
 
 def evaluate_blind(suite: list[Benchmark], draws: int = 1000, **run: str) -> pd.DataFrame:

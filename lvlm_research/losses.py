@@ -14,10 +14,17 @@ from torch import nn
 # %% auto #0
 __all__ = ['info_nce', 'Temperature', 'next_token_loss']
 
-# %% ../nbs/08_losses.ipynb #e2f5f0df
-def info_nce(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    "Symmetric InfoNCE (sum of both directions, mean over the batch) of unit-norm embeddings `(B, D)`, row k with row k."
+# %% ../nbs/08_losses.ipynb #7ef4a553
+def info_nce(
+    image: torch.Tensor,  # (B, D) unit-norm
+    text: torch.Tensor,  # (B, D) unit-norm, row k belongs to image k
+    scale: torch.Tensor | float,  # inverse temperature
+    same: torch.Tensor | None = None,  # (B, B) bool: pairs with equal captions, which are no negatives of each other
+) -> torch.Tensor:
+    "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
     logits = scale * image.float() @ text.float().T
+    if same is not None:
+        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 

@@ -10,7 +10,7 @@ import torch
 
 # %% auto #0
 __all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
-           'topk_hits', 'bootstrap_interval']
+           'topk_hits', 'bootstrap_interval', 'mean_of_means_interval']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -18,7 +18,9 @@ def expected_hits(
     relevant: torch.Tensor,  # (Q, N) bool
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[int, np.ndarray]:
-    "Per query, the probability that a relevant candidate is among the first k when ties are broken at random."
+    "Per query, the probability that a relevant candidate is among the first k when ties are broken at random; ValueError on NaN, which compares as neither higher nor lower."
+    if not torch.isfinite(scores).all():
+        raise ValueError("similarities are not finite: the model returned NaN or infinite embeddings")
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     above = (scores > best).sum(1)
     tied = scores == best
@@ -108,3 +110,15 @@ def bootstrap_interval(
     means = np.array([sums[p].sum() / sizes[p].sum() for p in picks])
     tail = (1 - level) / 2
     return tuple(float(q) for q in np.quantile(means, (tail, 1 - tail)))
+
+# %% ../nbs/11_metrics.ipynb #5f89d4ff
+def mean_of_means_interval(
+    parts: list[np.ndarray],  # per-item scores of each category
+    draws: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    "Interval of the mean over categories of their means (stratified bootstrap)."
+    rng = np.random.default_rng(seed)
+    means = np.mean([[part[rng.integers(0, len(part), len(part))].mean() for part in parts] for _ in range(draws)], axis=1)
+    return tuple(float(q) for q in np.quantile(means, ((1 - level) / 2, (1 + level) / 2)))

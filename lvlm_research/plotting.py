@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from .config import write_beside
+from .reproduce import join_intervals
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'plot_curves', 'plot_rows', 'draw_box', 'draw_arrow',
@@ -85,9 +86,9 @@ def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float
 
 # %% ../nbs/14_plotting.ipynb #b54ab925
 def to_markdown(table: pd.DataFrame) -> str:
-    "A table as GitHub markdown; empty cells for missing values."
-    text = lambda v: "" if pd.isna(v) else (f"{v:.1f}" if isinstance(v, float) else str(v))
-    rows = [list(table.columns), ["---"] * table.shape[1], *([text(v) for v in row] for row in table.itertuples(index=False))]
+    "A table as GitHub markdown; empty cells for missing values, intervals beside their values."
+    header, body = join_intervals(list(table.columns), [["" if pd.isna(v) else str(v) for v in row] for row in table.itertuples(index=False)])
+    rows = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

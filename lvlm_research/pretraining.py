@@ -251,11 +251,11 @@ TEXT_INSTRUCTIONS = {read_summary: 3, read_paraphrase: 2, read_meaning: 2, read_
 # %% ../nbs/10_pretraining.ipynb #4ba2f847
 @dataclass
 class Conversations:
-    "`input_ids`, `labels` (-100 where nothing is predicted) and `kinds` (index of the turn kind at its labels, -1 elsewhere), all `(B, T)`; `scenes` for rows with a picture."
+    "`input_ids`, `labels` (-100 where nothing is predicted) and both `(B, T)`; `kinds` holds (kind, start, stop) of each answer of a row; `scenes` for rows with a picture."
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    kinds: list[list[tuple[str, int, int]]]  # per row: (kind, start, stop) of each answer
+    kinds: list[list[tuple[str, int, int]]]
     scenes: Scenes | None
 
 
@@ -372,13 +372,17 @@ def describe(model, tokenizer, scenes: Scenes, question: str = "describe the pic
 
 
 def caption_facts(captions: list[str], scenes: Scenes) -> dict[str, float]:
-    "Percent of stated facts that are true (per attribute and in all), and of true facts that are stated."
+    "Percent of stated facts that are true, per attribute; `precision` over all attributes of objects and `recall`, the share of true ones that are stated, leave empty places out."
     stated, right, told, total = {}, {}, 0, 0
     for caption, scene in zip(captions, scenes):
         truth, facts = true_facts(scene), stated_facts(caption)
         for fact in facts:
-            stated[fact[1]] = stated.get(fact[1], 0) + 1
-            right[fact[1]] = right.get(fact[1], 0) + (fact in truth)
-        told, total = told + len(truth & set(facts)), total + len(truth)
-    shares = {name: 100 * right[name] / stated[name] for name in sorted(stated)}
-    return shares | {"precision": 100 * sum(right.values()) / max(sum(stated.values()), 1), "recall": 100 * told / total}
+            kind = "empty place" if fact[2] == "nothing" else fact[1]
+            stated[kind] = stated.get(kind, 0) + 1
+            right[kind] = right.get(kind, 0) + (fact in truth)
+        objects = {fact for fact in truth if fact[2] != "nothing"}
+        told, total = told + len(objects & set(facts)), total + len(objects)
+    shares = {kind: 100 * right[kind] / stated[kind] for kind in sorted(stated)}
+    of_objects = [kind for kind in stated if kind != "empty place"]
+    precision = 100 * sum(right[k] for k in of_objects) / max(sum(stated[k] for k in of_objects), 1)
+    return shares | {"precision": precision, "recall": 100 * told / total}

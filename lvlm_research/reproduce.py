@@ -16,15 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .config import InputError, available_cores, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'Stage', 'stages', 'stage_of', 'notebook_path', 'declared_parameters', 'check_parameters',
-           'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake',
-           'run_graph', 'load_rows', 'manifest', 'table_html', 'report_html']
+__all__ = ['TRAINED', 'EVALUATED', 'IN_GRAPH', 'Stage', 'stages', 'stage_of', 'notebook_path', 'declared_parameters',
+           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
+           'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
+           'table_html', 'report_html']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Stage:
     parameters: dict = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()  # files of the repository that the notebook reads
     trains: bool = False  # takes all cores, and the GPU where there is one
 
 
@@ -44,9 +49,9 @@ EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
 
 
 def _model_file(model: str) -> str:
-    "The file that stands for a model in the graph."
+    "The file that stands for a model in the graph: its card, which holds the hash of the weights."
     folder = {"zero-shot": "base"}.get(model, model)
-    return f"models/{folder}/" + ("discriminative.json" if model in TRAINED else "config.json")
+    return f"models/{folder}/card.json"
 
 
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
@@ -58,12 +63,13 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     figure, table = lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png")), lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))
     items = [Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
              Stage("fig6", "fig6", {}, (_model_file("zero-shot"), _model_file("vladva")), figure("fig6")),
-             *(Stage(t, t, {}, rows, table(t)) for t in ("tab1", "tab2", "tab4"))]
+             *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab4"))]
+    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
     return [
-        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), True),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), True),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), True),
-        *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), True) for v in TRAINED),
+        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), True),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), True),
+        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), trains=True),
+        *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), trains=True) for v in TRAINED),
         *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m),), (f"rows/{m}.csv",)) for m in EVALUATED),
         Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (), ("rows/blind.csv",)),
         *items,
@@ -150,9 +156,19 @@ def fingerprint(stage: Stage) -> str:
     digest = hashlib.sha256(json.dumps([stage.parameters, sources], sort_keys=True).encode())
     for path in module_closure(set().union(*(_imports(_python_only(s)) for s in sources))):
         digest.update(path.read_bytes())
+    for name in stage.inputs:
+        digest.update(sha256(root() / name).encode())
     return digest.hexdigest()
 
-# %% ../nbs/15_reproduce.ipynb #d7e906d3
+# %% ../nbs/15_reproduce.ipynb #70a19665
+def _mark(folder: Path) -> dict:
+    "Whose results folder it is."
+    try:
+        return dict(json.loads((folder / "profile.json").read_text()))
+    except (ValueError, TypeError):
+        raise InputError(f"{folder / 'profile.json'}: not readable; remove the results folder and reproduce again") from None
+
+
 def results_folder(profile: str, results: str = "") -> Path:
     "The results folder of a profile, made and claimed if new."
     profile_of(profile)
@@ -161,10 +177,10 @@ def results_folder(profile: str, results: str = "") -> Path:
         raise InputError(f"{folder}: not a folder; name another for --results")
     mark = folder / "profile.json"
     if mark.is_file():
-        owner = json.loads(mark.read_text()).get("profile")
+        owner = _mark(folder).get("profile")
         if owner != profile:
             raise InputError(f"{folder}: holds results of profile {owner!r}, not {profile!r}; use another folder or remove it")
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    elif folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
         write_text(mark, json.dumps({"profile": profile}) + "\n")
@@ -179,7 +195,7 @@ def artefact(results: Path, name: str, reference: str) -> Path:
         raise InputError(f"{results / name}: missing; an earlier stage should have written it")
     path = root() / reference
     if not path.exists():
-        raise InputError(f"{results / name}: missing; run `lvlm-research update --profile {json.loads((results / 'profile.json').read_text())['profile']}` first")
+        raise InputError(f"{results / name}: missing; run `lvlm-research update --profile {_mark(results).get('profile')}` first")
     print(f"{name} is not in {results.name}: reading the committed reference {reference} instead")
     return path
 
@@ -234,6 +250,8 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
         if missing:
             raise InputError(f"the notebook ended without writing {', '.join(missing)}")
     except Exception as error:
+        for name in stage.writes:
+            (folder / name).unlink(missing_ok=True)
         status |= {"state": "failed", "error": _cause(error), "seconds": round(time.perf_counter() - before, 1)}
         write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
         raise InputError(f"stage {stage.name} failed: {status['error']}; the executed notebook with the error is {log}") from error
@@ -242,13 +260,16 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
     return status
 
-# %% ../nbs/15_reproduce.ipynb #fb653d8f
+# %% ../nbs/15_reproduce.ipynb #548b2d6c
+IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
+
+
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results)."
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--cores", str(cores),
                "--resources", "gpu=1", "--rerun-incomplete", "--nolock", "--quiet", "all",
                "--config", f"profile={profile}", f"from_scratch={from_scratch}"]
-    return subprocess.run(command, cwd=root()).returncode
+    return subprocess.run(command, cwd=root(), env=os.environ | {IN_GRAPH: "1"}).returncode
 
 
 def has_snakemake() -> bool:
@@ -258,31 +279,60 @@ def has_snakemake() -> bool:
     return find_spec("snakemake") is not None
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    "Only one run at a time may work in a results folder; the lock lies beside it and dies with its process."
+    lock = FileLock(str(folder.parent / f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder}: another run is at work here; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_current(stage: Stage, folder: Path) -> bool:
+    "Has the stage run with this code, these parameters and these inputs, and is all it wrote still there?"
+    try:
+        status = json.loads((folder / "status" / f"{stage.name}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    hashes = status.get("reads", {}) | status.get("writes", {})
+    return (status.get("state") == "ok" and status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
+            and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
+
+
 def run_graph(profile: str, results: str = "", fresh: bool = False, from_scratch: bool = False, cores: int | None = None) -> Path:
     "Bring the results of a profile up to date; `fresh` removes them first. Returns the folder."
     stages(profile)
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
-    if fresh:
-        shutil.rmtree(folder)
-        results_folder(profile, str(folder))
-    print(f"profile {profile}: {len(stages(profile))} stages on {cores} cores into {folder}", flush=True)
-    if has_snakemake():
-        code = _snakemake(profile, folder, cores, from_scratch)
-    elif fresh:
-        print("snakemake is not installed: running the stages one after the other", flush=True)
-        code = _serially(profile, folder, cores, from_scratch)
-    else:
-        raise InputError("update needs snakemake (pip install lvlm_research[reproduce]); `reproduce` works without it")
+    with exclusive(folder):
+        if fresh:
+            shutil.rmtree(folder)
+            results_folder(profile, str(folder))
+        from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
+        write_text(folder / "profile.json", json.dumps({"profile": profile, "from_scratch": from_scratch}) + "\n")
+        graph = stages(profile, from_scratch)
+        print(f"profile {profile}: {len(graph)} stages on {cores} cores into {folder}", flush=True)
+        for stage in graph:  # what was written with other parameters, or changed by hand, is made again
+            if (folder / "status" / f"{stage.name}.json").exists() and not is_current(stage, folder):
+                for name in stage.writes:
+                    (folder / name).unlink(missing_ok=True)
+        code = (_snakemake if has_snakemake() else _serially)(profile, folder, cores, from_scratch)
     if code:
         raise InputError(f"the run stopped; see the line above and {folder / 'status'}, then `lvlm-research update --profile {profile}` goes on from there")
     return folder
 
 
 def _serially(profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
-    "Every stage in the order of the graph, each in a process of its own."
+    "Every stage that is not current, in the order of the graph, each in a process of its own."
     for stage in stages(profile, from_scratch):
+        if is_current(stage, folder):
+            continue
         command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(cores)]
-        if code := subprocess.run(command + ["--from-scratch"] * from_scratch).returncode:
+        if code := subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: "1"}).returncode:
             return code
     return 0
 
@@ -294,8 +344,7 @@ def load_rows(results: Path):
     files = [results / "rows" / f"{m}.csv" for m in (*EVALUATED, "blind")]
     if all(f.is_file() for f in files):
         return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
-    reference = next((f"data/reference/{p}/rows.csv" for p in ("cpu", "smoke") if (root() / f"data/reference/{p}/rows.csv").is_file()), "data/reference")
-    return pd.read_csv(artefact(results, "rows.csv", reference))
+    return pd.read_csv(artefact(results, "rows.csv", f"data/reference/{_mark(results).get('profile')}/rows.csv"))
 
 
 def manifest(results: Path, profile: str) -> dict:
@@ -315,17 +364,26 @@ pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.7rem}.note{colo
 """
 
 
+def join_intervals(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    "Cells as a person reads them: one digit, and a column `x ±` joined to its `x`."
+    spreads = {name.removesuffix(" ±"): i for i, name in enumerate(header) if name.endswith(" ±")}
+    kept = [i for i, name in enumerate(header) if not name.endswith(" ±")]
+    cell = lambda row, i: _short(row[i]) + (f" ± {_short(row[spreads[header[i]]])}" if row[spreads.get(header[i], i)] and header[i] in spreads else "")
+    return [header[i] for i in kept], [[cell(row, i) for i in kept] for row in rows]
+
+
 def table_html(csv_path: Path) -> str:
     "A table file as HTML: our rows and the reported ones in a block each, without the columns that are empty there."
     import csv
 
     with open(csv_path, newline="", encoding="utf-8") as f:
         header, *rows = list(csv.reader(f))
+    header, rows = join_intervals(header, rows)
     source, parts = header.index("source"), []
     for name in dict.fromkeys(row[source] for row in rows):
         block = [row for row in rows if row[source] == name]
         kept = [i for i in range(len(header)) if i != source and any(row[i] for row in block)]
-        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(_short(row[i]))}</{tag}>" for i in kept)
+        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(row[i])}</{tag}>" for i in kept)
         body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in block)
         parts.append(f"<h3>{html.escape(name)}</h3><div class=scroll><table class={html.escape(name)}><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>")
     return "".join(parts)

@@ -14,7 +14,7 @@ from .config import root
 from .plotting import MODEL_NAMES
 
 # %% auto #0
-__all__ = ['reported', 'wide', 'group_means', 'budgets']
+__all__ = ['reported', 'wide', 'group_means', 'apart', 'budgets']
 
 # %% ../nbs/14a_tables.ipynb #5e8292dd
 def reported(table: str) -> pd.DataFrame:
@@ -24,32 +24,38 @@ def reported(table: str) -> pd.DataFrame:
 
 # %% ../nbs/14a_tables.ipynb #8328cea4
 def wide(rows: pd.DataFrame, columns: pd.Series) -> pd.DataFrame:
-    "One line per model, one column per benchmark, in the order in which they come; values with half the width of their interval in columns of their own."
-    order = list(dict.fromkeys(columns))
-    value = rows.assign(column=columns).pivot(index="model", columns="column", values="value")[order]
-    models = [m for m in MODEL_NAMES if m in value.index]
-    table = value.loc[models].reset_index()
-    table["model"] = table["model"].map(MODEL_NAMES)
-    spread = ((rows.ci_high - rows.ci_low) / 2).groupby(rows.model).mean().reindex(models)
-    return table.rename_axis(None, axis=1).assign(**{"mean 95 % ±": spread.to_numpy()}).pipe(lambda t: t.assign(source="ours")[["model", "source", *order, "mean 95 % ±"]])
+    "One line per model, one column per benchmark in the order in which they come, each followed by half the width of its 95 % interval (`<column> ±`)."
+    order, models = list(dict.fromkeys(columns)), [m for m in MODEL_NAMES if m in set(rows.model)]
+    rows = rows.assign(column=columns, half=(rows.ci_high - rows.ci_low) / 2).set_index(["model", "column"])
+    table = pd.DataFrame({"model": [MODEL_NAMES[m] for m in models], "source": "ours"})
+    for column in order:
+        for name, field in ((column, "value"), (f"{column} ±", "half")):
+            table[name] = [rows[field].get((m, column)) for m in models]
+    return table
 
 
 def group_means(rows: pd.DataFrame) -> pd.DataFrame:
-    "SugarCrepe groups (mean over categories) and in-domain R@1 per model, as in table 4."
-    pairs = rows[(rows.benchmark == "sugarcrepe") & (rows.metric == "accuracy") & ~rows.model.str.startswith("blind")]
-    groups = pairs.assign(group=pairs.subset.str.split("_").str[0]).groupby(["model", "group"]).value.mean().unstack()[["replace", "swap", "add"]]
-    recall = rows[(rows.subset == "in domain") & rows.metric.isin(["t2i R@1", "i2t R@1"])].pivot(index="model", columns="metric", values="value")
-    table = groups.join(recall[["t2i R@1", "i2t R@1"]])
-    table = table.loc[[m for m in MODEL_NAMES if m in table.index]].reset_index().rename_axis(None, axis=1)
-    return table.assign(model=table.model.map(MODEL_NAMES), source="ours")[["model", "source", "replace", "swap", "add", "t2i R@1", "i2t R@1"]]
+    "SugarCrepe groups (mean over categories) and in-domain R@1 per model, as in the paper's table 4."
+    groups = rows[(rows.benchmark == "sugarcrepe") & (rows.metric == "mean accuracy")]
+    recall = rows[(rows.subset == "in domain") & rows.metric.isin(["t2i R@1", "i2t R@1"])]
+    part = pd.concat([groups, recall])
+    return wide(part, part.subset.where(part.benchmark == "sugarcrepe", part.metric))
+
+
+def apart(rows: pd.DataFrame, better: str, worse: str, subset: str, metric: str) -> bool:
+    "Does the interval of one model lie wholly above the other's?"
+    found = rows[(rows.subset == subset) & (rows.metric == metric)].set_index("model")
+    return bool(found.ci_low[better] > found.ci_high[worse])
 
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
-    "Pairs seen, trainable parameters and seconds of every trained model of a run, from its card."
+    "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
+    read = lambda name: json.loads((results / "models" / name / "card.json").read_text()) if (results / "models" / name / "card.json").is_file() else {}
+    base, clip = read("base"), read("clip")
+    origins = {"clip": f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes", "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
     cards = []
     for name, label in MODEL_NAMES.items():
-        path = results / "models" / name / "card.json"
-        if path.is_file():
-            card = json.loads(path.read_text())
-            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds")})
-    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
+        if card := read(name):
+            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, tower of CLIP)")
+            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
+    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})

@@ -51,13 +51,15 @@ class Discriminative(FitModule):
     def __init__(self, embedder: DiscriminativeLVLM, ar_weight: float = 0.0, **optimiser):
         super().__init__(**optimiser)
         self.embedder, self.ar_weight, self.temperature = embedder, ar_weight, Temperature()
+        self.pairs_seen = 0  # with a short caption
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
         image, next_token = self.embedder.embed_and_predict(batch.image.to(self.device))
         loss = self.ar_weight * next_token
         if batch.text is not None:
             text = self.embedder.embed(batch.text.to(self.device), "text")
-            contrastive = info_nce(image[batch.has_short.to(self.device)], text, self.temperature())
+            contrastive = info_nce(image[batch.has_short.to(self.device)], text, self.temperature(), batch.same.to(self.device))
+            self.pairs_seen += len(text)
             self.note(contrastive=contrastive, scale=self.temperature())
             loss = loss + contrastive
         if self.ar_weight:

@@ -1,5 +1,6 @@
 "Bad input ends with exit code 2 and one line; good input does what it says, on scenes saved as files and on real photographs."
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import CHECKPOINTS, fails_in_one_line, run
+from lvlm_research.reproduce import exclusive
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
 MODEL = str(CHECKPOINTS / "llava-micro")
@@ -75,8 +77,22 @@ def test_bad_arguments(argv, says):
 def test_a_model_folder_that_is_none(folder):
     fails_in_one_line("evaluate", "--model", str(folder), "--data", str(folder), says="without config.json")
     fails_in_one_line("evaluate", "--model", str(folder / "none"), "--data", str(folder), says="does not exist")
-    (folder / "config.json").write_text("{}")
-    fails_in_one_line("evaluate", "--model", str(folder), "--data", str(folder), says="not a model")
+
+
+@pytest.mark.parametrize("source, damage", [
+    ("clip-micro", lambda d: (d / "model.safetensors").unlink()),
+    ("clip-micro", lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000])),
+    ("llava-micro", lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")),
+    ("llava-micro", lambda d: (d / "tokenizer.json").unlink()),
+    ("llava-micro", lambda d: (d / "config.json").write_text("{}")),
+    ("llava-micro", lambda d: (d / "config.json").write_text("[]")),
+    ("vladva-micro", lambda d: (d / "discriminative.json").write_text('{"base": "data/checkpoints/llava-micro"}')),
+    ("vladva-micro", lambda d: (d / "adapter_model.safetensors").unlink()),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_a_damaged_model_folder(folder, tmp_path, source, damage):
+    shutil.copytree(CHECKPOINTS / source, tmp_path / "model")
+    damage(tmp_path / "model")
+    fails_in_one_line("evaluate", "--model", str(tmp_path / "model"), "--data", str(folder), says="not a model")
 
 
 def test_a_results_folder_of_another_profile(tmp_path):
@@ -86,6 +102,14 @@ def test_a_results_folder_of_another_profile(tmp_path):
     (tmp_path / "other/thesis.tex").write_text("x")
     fails_in_one_line("reproduce", "--profile", "smoke", "--results", str(tmp_path / "other"), says="not a results folder")
     assert (tmp_path / "other/thesis.tex").exists()
+    (tmp_path / "hidden/.git").mkdir(parents=True)
+    fails_in_one_line("reproduce", "--profile", "smoke", "--results", str(tmp_path / "hidden"), says="not a results folder")
+    assert (tmp_path / "hidden/.git").exists()
+
+
+def test_two_runs_in_one_results_folder_are_refused(tmp_path):
+    with exclusive((tmp_path / "results").resolve()):
+        fails_in_one_line("update", "--profile", "smoke", "--results", str(tmp_path / "results"), says="another run is at work")
 
 
 def test_real_photographs(real_data, tmp_path):

@@ -9,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from conftest import ROOT
+from lvlm_research.config import sha256
 from lvlm_research.reproduce import declared_parameters, stages
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -27,11 +29,12 @@ def settings() -> dict:
 def test_export_and_clean_change_nothing(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "results", "data", "__pycache__", ".hypothesis", ".pytest_cache", "*.egg-info"))
-    files = [p for p in copy.rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")]
-    before = {p: p.read_bytes() for p in files}
+    present = lambda: {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")}
+    before = present()
     for tool in ("nbdev_export", "nbdev_clean"):
         subprocess.run([Path(sys.executable).parent / tool], cwd=copy, check=True, capture_output=True)
-    assert [str(p.relative_to(copy)) for p in files if p.read_bytes() != before[p]] == []
+    after = present()
+    assert [str(p.relative_to(copy)) for p in before | after if before.get(p) != after.get(p)] == []
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
@@ -69,8 +72,17 @@ def test_requirements_lock_and_environment_agree():
         for wanted in map(Requirement, settings()[group].split()):
             versions = [str(s).removeprefix("==") for s in pinned[wanted.name.lower()]]
             assert versions and all(wanted.specifier.contains(v) for v in versions), wanted.name
-    environment = (ROOT / "environment.yml").read_text()
-    assert "-r requirements.lock" in environment and "python=3." in environment
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [d for d in environment["dependencies"] if isinstance(d, str)]
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["-r requirements.lock", "-e ."]  # lines of a requirements file, which knows no --no-deps
+    assert any(d.startswith("python=3.") for d in plain) and "pip" in plain
+
+
+@pytest.mark.parametrize("card", sorted(ROOT.glob("data/checkpoints/*/card.json")), ids=lambda p: p.parent.name)
+def test_committed_weights_are_those_of_their_card(card):
+    weights = json.loads(card.read_text())["sha256"]
+    assert weights == {p.name: sha256(p) for p in card.parent.glob("*.safetensors")} and weights
 
 
 def test_the_installed_versions_are_the_locked_ones():
