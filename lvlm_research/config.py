@@ -38,7 +38,7 @@ class Profile:
     pretrain_lr: float = 2e-3
     train_steps: int = 250  # discriminative fine-tuning, per variant
     train_batch: int = 96
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3  # chosen on validation scenes (1e-3 was slower)
     retrieval_images: int = 1000
     captions_per_image: int = 5
     items: int = 500  # per category of the pair benchmarks
