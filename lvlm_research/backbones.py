@@ -103,7 +103,7 @@ def micro_llava(
                        initializer_range=size.width**-0.5,  # the default 0.02 suits widths in the thousands
                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**_vision_config(size)), text_config=text, tie_word_embeddings=False,
-                         vision_feature_layer=[0, -2], image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=size.image_tokens)
+                         vision_feature_layer=-2, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=size.image_tokens)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if tower is not None:

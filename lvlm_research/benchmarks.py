@@ -5,6 +5,7 @@
 # %% ../nbs/04_benchmarks.ipynb #1ee6a5ce
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,7 +110,10 @@ def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random
     return Pairs("sugarcrepe", scene_images(concatenate([i.scene for i in drawn]), image_size), texts, kind)
 
 # %% ../nbs/04_benchmarks.ipynb #4b8f8c34
-def blind_scores(bench: Pairs) -> list[tuple[str, Score]]:
+def blind_scores(
+    bench: Pairs,
+    likelihood: Callable[[list[str]], torch.Tensor] | None = None,  # log-probabilities of texts, for the rule of the likelier text
+) -> list[tuple[str, Score]]:
     "(rule, score) of rules that never see a picture."
     first, second, negative = (bench.texts[i * bench.n : (i + 1) * bench.n] for i in range(3))
     shorter = np.array([(np.sign(len(b) - len(a)) + 1) / 2 for a, b in zip(first, negative)])  # equal lengths: half a point
@@ -122,8 +126,12 @@ def blind_scores(bench: Pairs) -> list[tuple[str, Score]]:
                 row[vocabulary[word]] += 1
         return F.normalize(torch.tensor(rows), dim=-1)
 
-    return [("blind: shorter caption", Score(bench.subset, "accuracy", shorter, 1 / 2)),
-            ("blind: word counts", Score(bench.subset, "TOT", text_only(*map(counts, (first, second, negative))), 1 / 3))]
+    scores = [("blind: shorter caption", Score(bench.subset, "accuracy", shorter, 1 / 2)),
+              ("blind: word counts", Score(bench.subset, "TOT", text_only(*map(counts, (first, second, negative))), 1 / 3))]
+    if likelihood is not None:
+        true, false = likelihood(first + negative).view(2, -1)
+        scores.append(("blind: likelier text", Score(bench.subset, "accuracy", ((torch.sign(true - false) + 1) / 2).cpu().numpy(), 1 / 2)))
+    return scores
 
 # %% ../nbs/04_benchmarks.ipynb #944675fc
 @dataclass

@@ -93,10 +93,11 @@ def _pictures(folder: str) -> list[str]:
 
 def run_embed(args: argparse.Namespace) -> None:
     "Embed every picture below a folder."
-    from datasets import Dataset
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     from lvlm_research.embedder import open_image
-    from lvlm_research.evaluation import load_embedder
+    from lvlm_research.evaluation import load_embedder, model_signature
 
     set_threads()
     paths = _pictures(args.data)
@@ -106,33 +107,33 @@ def run_embed(args: argparse.Namespace) -> None:
     vectors = load_embedder(args.model).encode_image(paths, progress=sys.stderr.isatty())
     relative = [str(Path(p).relative_to(args.data)) for p in paths]
     with write_beside(args.out) as part:
-        Dataset.from_dict({"image": relative, "embedding": vectors.tolist()}).to_parquet(str(part))
+        pq.write_table(pa.table({"image": relative, "embedding": vectors.tolist()}, metadata={"model": model_signature(args.model)}), part)
     print(f"{len(paths)} pictures, {vectors.shape[1]} dimensions -> {args.out}")
 
 
 def run_search(args: argparse.Namespace) -> None:
     "Rank embedded pictures for a sentence, or for a picture."
     import numpy as np
-    import pandas as pd
+    import pyarrow.parquet as pq
 
     from lvlm_research.embedder import open_image
-    from lvlm_research.evaluation import load_embedder
+    from lvlm_research.evaluation import load_embedder, model_signature
 
     set_threads()
     if not Path(args.index).is_file():
         raise InputError(f"{args.index}: no such file; write it with lvlm-research embed")
     try:
-        table = pd.read_parquet(args.index, columns=["image", "embedding"])
+        table = pq.read_table(args.index, columns=["image", "embedding"])
+        images, vectors = table["image"].to_pylist(), np.stack(table["embedding"].to_numpy())
     except Exception:
         raise InputError(f"{args.index}: not a file written by lvlm-research embed; embed again") from None
+    if (table.schema.metadata or {}).get(b"model", b"").decode() != model_signature(args.model):
+        raise InputError(f"{args.index}: was not made with {args.model}; embed again with this model, or search with the one that made it")
     embedder = load_embedder(args.model)
     query = embedder.encode_image([open_image(args.image)]) if args.image else embedder.encode_text([args.query])
-    vectors = np.stack(table.embedding)
-    if vectors.shape[1] != query.shape[1]:
-        raise InputError(f"{args.index}: {vectors.shape[1]} dimensions, but {args.model} gives {query.shape[1]}; embed again with this model")
     scores = vectors @ query[0].numpy()
     for rank in np.argsort(-scores, kind="stable")[: args.top]:
-        print(f"{scores[rank]:.4f}  {table.image[rank]}")
+        print(f"{scores[rank]:.4f}  {images[rank]}")
 
 # %% ../nbs/16_cli.ipynb #5502642b
 def parser() -> argparse.ArgumentParser:

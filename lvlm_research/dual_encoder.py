@@ -15,43 +15,40 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from .fitting import FitModule
+from .losses import info_nce
 from .scenes import VALUES, Scenes, hard_negative, render, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
-__all__ = ['RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall', 'RecallCurve',
-           'patch_probe']
+__all__ = ['quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall',
+           'RecallCurve', 'patch_probe']
 
 # %% ../nbs/07_dual_encoder.ipynb #cfd85bbe
+def quarter_of_patch(side: int) -> np.ndarray:
+    "`(side * side,)`: the cell of the scene, 0 to 3, that each patch of a square grid lies in."
+    rows, columns = np.divmod(np.arange(side * side), side)
+    return 2 * (2 * rows // side) + 2 * columns // side
+
+
 class RegionHead(nn.Module):
-    "Attributes of the object in each quarter, from patch tokens `(N, P, D)`: logits `{attribute: (N, 4, R, values + 1)}`, R readings per quarter."
+    "What each patch token `(N, P, D)` says of its quarter: logits `{attribute: (N, P, values + 1)}`, and its `place` `(N, P, P)`."
 
     def __init__(self, width: int, patches: int):
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in VALUES.items()})
-        self.place = nn.Linear(width, patches)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in VALUES.items()} | {"place": nn.Linear(width, patches)})
 
-    def forward(self, patches: torch.Tensor, each: bool = False) -> dict[str, torch.Tensor]:
-        "One reading per quarter (the mean of its patches), or one per patch (`each`), which then also says its `place`."
-        n, tokens, width = patches.shape
-        half = int(tokens**0.5) // 2
-        quarters = patches.view(n, 2, half, 2, half, width).transpose(2, 3).reshape(n, 4, half * half, width)
-        readings = quarters if each else quarters.mean(2, keepdim=True)
-        return {name: head(readings) for name, head in self.heads.items()} | ({"place": self.place(readings)} if each else {})
+    def forward(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: head(patches) for name, head in self.heads.items()}
 
 
 def region_loss(logits: dict[str, torch.Tensor], scenes: Scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    "Mean cross entropy over attributes (and place), and the accuracy of each where there is an object."
-    losses, right = [], {}
-    present = torch.as_tensor(scenes.present)
-    for name, scores in logits.items():
-        shape = scores.shape[:-1]
-        if name == "place":
-            labels = torch.arange(shape[1] * shape[2], device=scores.device).view(1, *shape[1:]).expand(shape)
-        else:
-            labels = torch.as_tensor(getattr(scenes, name), device=scores.device).long()[..., None].expand(shape) + 1
-        losses.append(F.cross_entropy(scores.flatten(0, -2), labels.flatten()))
-        right[name] = (scores.argmax(-1) == labels)[present.to(scores.device)].float().mean()
-    return torch.stack(losses).mean(), right
+    "Mean cross entropy over attributes and place, and the accuracy of each where there is an object."
+    n, patches, _ = logits["place"].shape
+    device, quarter = logits["place"].device, quarter_of_patch(int(patches**0.5))
+    labels = {name: torch.as_tensor(getattr(scenes, name)[:, quarter], device=device).long() + 1 for name in VALUES}
+    labels["place"] = torch.arange(patches, device=device).expand(n, -1)
+    present = torch.as_tensor(scenes.present[:, quarter], device=device)
+    losses = [F.cross_entropy(scores.flatten(0, 1), labels[name].flatten()) for name, scores in logits.items()]
+    return torch.stack(losses).mean(), {name: (scores.argmax(-1) == labels[name])[present].float().mean() for name, scores in logits.items()}
 
 # %% ../nbs/07_dual_encoder.ipynb #91441c1d
 def scene_pixels(scenes: Scenes, size: int, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -60,33 +57,28 @@ def scene_pixels(scenes: Scenes, size: int, device: str | torch.device = "cpu") 
 
 # %% ../nbs/07_dual_encoder.ipynb #d3ff6091
 class DualEncoder(FitModule):
-    "Contrastive training of a CLIP on (scene, short caption) pairs, with an auxiliary region loss on the tokens that LLaVA reads."
+    "Contrastive training of a CLIP on (scene, short caption) pairs; with `regions`, also the region loss on the tokens that LLaVA reads. Batches without text train the tower alone."
 
-    def __init__(self, model: CLIPModel, each_patch: bool = False, **optimiser):
+    def __init__(self, model: CLIPModel, regions: RegionHead | None = None, **optimiser):
         super().__init__(**optimiser)
-        self.model, self.each_patch = model, each_patch
-        vision = model.config.vision_config
-        self.regions = RegionHead(vision.hidden_size, (vision.image_size // vision.patch_size) ** 2)
-
-    def contrastive(self, image: torch.Tensor, text: torch.Tensor, negatives: torch.Tensor | None) -> torch.Tensor:
-        "Symmetric cross entropy of unit-norm embeddings `(B, D)`; `negatives` are columns for the images only."
-        scale = self.model.logit_scale.clamp(max=np.log(100)).exp()
-        target = torch.arange(len(image), device=image.device)
-        columns = text if negatives is None else torch.cat([text, negatives])
-        return (F.cross_entropy(scale * image @ columns.T, target) + F.cross_entropy(scale * text @ image.T, target)) / 2
+        self.model, self.regions = model, regions
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         pixels = scene_pixels(batch["scenes"], self.model.config.vision_config.image_size, self.device)
         vision = self.model.vision_model(pixels, output_hidden_states=True)
-        loss, right = region_loss(self.regions(vision.hidden_states[-2][:, 1:], self.each_patch), batch["scenes"])
-        self.note(region=loss, **right)
+        losses = []
+        if self.regions is not None:
+            region, right = region_loss(self.regions(vision.hidden_states[-2][:, 1:]), batch["scenes"])
+            self.note(region=region, **right)
+            losses.append(region)
         if batch["text"] is not None:
             image = F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1)
             text, negatives = self._embed_texts(batch["text"], len(image))
-            contrast = self.contrastive(image, text, negatives)
+            scale = self.model.logit_scale.clamp(max=np.log(100)).exp()
+            contrast = info_nce(image, text, scale, negatives=negatives) / 2  # CLIP takes the mean of the two directions
             self.note(contrastive=contrast, scale=self.model.logit_scale.exp())
-            loss = loss + contrast
-        return loss
+            losses.append(contrast)
+        return torch.stack(losses).sum()
 
     def _embed_texts(self, tokens: dict, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Captions, and the negatives that follow them in the batch."
@@ -100,7 +92,7 @@ def dual_batches(
     batch_size: int,
     seed: int,
     negatives: bool = False,  # add one hard negative caption per pair (NegCLIP)
-    regions_only: bool = False,  # no text and all four quarters filled: the first stage of the tower
+    regions_only: bool = False,  # no text and few empty quarters: the first stage of the tower
 ) -> Callable[[], Iterator[dict]]:
     "A stream of `{scenes, text}`; `text` holds `B` captions, then `B` negatives if asked for."
 
@@ -108,7 +100,7 @@ def dual_batches(
         rng = np.random.default_rng(seed)
         while True:
             if regions_only:
-                yield {"scenes": sample_scenes(batch_size, rng, counts=(4,)), "text": None}
+                yield {"scenes": sample_scenes(batch_size, rng, counts=(2, 3, 4, 4, 4, 4)), "text": None}
             else:
                 scenes = sample_scenes(batch_size, rng)
                 yield {"scenes": scenes, "text": _tokenize(processor, *_captions(scenes, rng, negatives))}
@@ -179,9 +171,7 @@ def _linear_probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor,
 def patch_probe(model: CLIPModel, scenes: Scenes) -> list[dict[str, float]]:
     "Per hidden layer of the vision tower: accuracy of a linear probe of single patch tokens for `quarter` and the attributes of its object; a third of the scenes is held out."
     vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
-    quarter = (2 * (2 * rows // side) + 2 * columns // side).expand(len(scenes), -1)
+    quarter = torch.as_tensor(quarter_of_patch(vision.image_size // vision.patch_size)).expand(len(scenes), -1)
     labels = {name: torch.as_tensor(getattr(scenes, name)).long().gather(1, quarter) + 1 for name in VALUES}  # 0 is nothing there
     cut, table = 2 * len(scenes) // 3, []
     for states in model.vision_model(scene_pixels(scenes, vision.image_size), output_hidden_states=True).hidden_states:

@@ -31,7 +31,8 @@ from .prompts import SUMMARY, Prompt, SoftPrompts
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward',
            'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text',
-           'generate', 'enable_adapter', 'weights_hash', 'save_pretrained', 'load_lvlm', 'from_pretrained']
+           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'load_lvlm',
+           'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -83,6 +84,10 @@ class Templates:
         probe = self._encode(self.text_prefix + "a")
         self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(probe) :]}
         self.end = [self.tokenizer.eos_token_id]
+
+    def answer_prefix(self, question: str) -> list[int]:
+        "Token ids up to where the answer to a question without a picture begins."
+        return self._encode(self._render([{"type": "text", "text": question}]))
 
     def _render(self, content: list[dict]) -> str:
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
@@ -146,8 +151,8 @@ class DiscriminativeLVLM(nn.Module):
         ids = self.templates.image([blank]).input_ids[0].tolist()
         return ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
 
-    def add_lora(self, rank: int = 16, alpha: int = 16, dropout: float = 0.05) -> "DiscriminativeLVLM":
-        "LoRA on every linear layer of the language model (rank and alpha as in the paper; dropout is our choice)."
+    def add_lora(self, rank: int = 16, alpha: int = 16, dropout: float = 0.0) -> "DiscriminativeLVLM":
+        "LoRA on every linear layer of the language model (rank and alpha as in the paper, which does not say whether it used dropout)."
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
         return self
@@ -265,6 +270,22 @@ def enable_adapter(self, on: bool) -> None:
     for module in self.model.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(on)
+
+# %% ../nbs/06_embedder.ipynb #77f91198
+@method_of(DiscriminativeLVLM)
+@torch.inference_mode()
+def text_log_likelihood(self, texts: list[str], question: str = "describe the picture briefly.", batch_size: int = 256) -> torch.Tensor:
+    "Log-probability `(N,)` of each text as the answer to a question about no picture, summed over its tokens, in nats."
+    asked = self.templates.answer_prefix(question)
+
+    def encode(batch: list[str]) -> torch.Tensor:
+        rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
+        embeddings = self.model.get_input_embeddings()(rows.input_ids)
+        states = self.model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        loss = F.cross_entropy(self.model.lm_head(states[:, :-1]).float().transpose(1, 2), rows.labels[:, 1:], reduction="none")
+        return -loss.sum(1, keepdim=True)
+
+    return in_batches(texts, batch_size, encode, length=len)[:, 0]
 
 # %% ../nbs/06_embedder.ipynb #74ea2010
 CONFIG_NAME = "discriminative.json"

@@ -5,6 +5,7 @@
 # %% ../nbs/12_evaluation.ipynb #6fde031c
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -17,11 +18,11 @@ from transformers import CLIPModel, CLIPProcessor
 from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model
-from .embedder import DiscriminativeLVLM, in_batches, opened
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
 from .metrics import bootstrap_interval, mean_of_means_interval
 
 # %% auto #0
-__all__ = ['Embedder', 'ClipEmbedder', 'load_embedder', 'evaluate', 'evaluate_blind']
+__all__ = ['Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'evaluate', 'evaluate_blind']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -81,6 +82,17 @@ def load_embedder(folder: str | Path) -> Embedder:
     (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
     return embedder
 
+# %% ../nbs/12_evaluation.ipynb #0854562f
+def model_signature(folder: str | Path) -> str:
+    "Hash over name, size, first and last MiB of every weight file of a model folder, and over its adapter config."
+    digest, folder = hashlib.sha256(), find_model(folder)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_NAME)]):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
 # %% ../nbs/12_evaluation.ipynb #6f8078b0
 def _percent_row(run: dict, benchmark: str, subset: str, metric: str, value: float, n: int, interval: tuple[float, float], chance: float) -> dict:
     percent = lambda x: round(100 * float(x), 4)
@@ -139,7 +151,13 @@ def _group_rows(scores: list[Score], draws: int, **run: str) -> list[dict]:
     return rows
 
 
-def evaluate_blind(suite: list[Benchmark], draws: int = 1000, **run: str) -> pd.DataFrame:
+def evaluate_blind(
+    suite: list[Benchmark],
+    draws: int = 1000,  # of the bootstrap
+    lvlm: DiscriminativeLVLM | None = None,  # asked for the likelihood of texts, never shown a picture
+    **run: str,
+) -> pd.DataFrame:
     "Rows of the rules that look at the texts alone."
-    scored = [(rule, score, b.name) for b in suite if isinstance(b, Pairs) for rule, score in blind_scores(b)]
+    likelihood = lvlm.text_log_likelihood if lvlm else None
+    scored = [(rule, score, b.name) for b in suite if isinstance(b, Pairs) for rule, score in blind_scores(b, likelihood)]
     return pd.DataFrame([_row(score, name, draws, **run | {"model": rule}) for rule, score, name in scored])

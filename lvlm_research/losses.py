@@ -20,13 +20,15 @@ def info_nce(
     text: torch.Tensor,  # (B, D) unit-norm, row k belongs to image k
     scale: torch.Tensor | float,  # inverse temperature
     same: torch.Tensor | None = None,  # (B, B) bool: pairs with equal captions, which are no negatives of each other
+    negatives: torch.Tensor | None = None,  # (M, D) unit-norm texts that belong to no image (NegCLIP): further columns for every image
 ) -> torch.Tensor:
     "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
     logits = scale * image.float() @ text.float().T
     if same is not None:
         logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    rows = logits if negatives is None else torch.cat([logits, scale * image.float() @ negatives.float().T], 1)
+    return F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)
 
 
 class Temperature(nn.Module):

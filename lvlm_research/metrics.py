@@ -62,17 +62,18 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def pair_accuracy(image: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> np.ndarray:
-    "Is the true caption closer to the image than the false one? Strict; chance 1/2."
-    return (cosine(image, positive) > cosine(image, negative)).cpu().numpy().astype(float)
+    "Is the true caption closer to the image than the false one? A tie counts one half; chance 1/2."
+    return ((torch.sign(cosine(image, positive) - cosine(image, negative)) + 1) / 2).cpu().numpy()
 
 
 def image_to_text(image: torch.Tensor, first: torch.Tensor, second: torch.Tensor, negative: torch.Tensor) -> np.ndarray:
-    "ITT: both true captions closer to the image than the false one. Chance 1/3."
-    return pair_accuracy(image, first, negative) * pair_accuracy(image, second, negative)
+    "ITT: both true captions closer to the image than the false one; strict. Chance 1/3."
+    false = cosine(image, negative)
+    return ((cosine(image, first) > false) & (cosine(image, second) > false)).cpu().numpy().astype(float)
 
 
 def text_only(first: torch.Tensor, second: torch.Tensor, negative: torch.Tensor) -> np.ndarray:
-    "TOT: the two true captions closer to each other than either is to the false one. Chance 1/3."
+    "TOT: the two true captions closer to each other than either is to the false one; strict. Chance 1/3."
     together = cosine(first, second)
     return ((together > cosine(first, negative)) & (together > cosine(second, negative))).cpu().numpy().astype(float)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .dual_encoder import scene_pixels
+from .dual_encoder import RegionHead, region_loss, scene_pixels
 from .fitting import FitModule, MuonAdamW
+from .losses import next_token_loss
 from .prompts import SUMMARY
 from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELATIONS, SHAPES, SYNONYMS, TEXTURES, VALUES, Claim, Mention,
                                   Scenes, article, hard_negative, long_caption, matches, mention_of, paraphrase, phrase, plural, related, sample_scenes,
@@ -23,8 +23,8 @@ from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELA
 __all__ = ['IMAGE_QUESTIONS', 'CURRICULUM', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_half', 'ask_attribute',
            'ask_colour', 'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence', 'ask_truth',
            'ask_summary', 'ask_brief', 'ask_detail', 'mixture_at', 'read_summary', 'read_paraphrase', 'read_meaning',
-           'read_attribute', 'read_long', 'Conversations', 'conversations', 'pretraining_batches', 'Pretraining',
-           'answer_accuracy', 'describe', 'caption_facts']
+           'read_attribute', 'read_long', 'Conversations', 'conversations', 'pretraining_batches', 'Alignment',
+           'Pretraining', 'answer_accuracy', 'caption_facts']
 
 # %% ../nbs/10_pretraining.ipynb #7f0eb68a
 @dataclass(frozen=True)
@@ -197,10 +197,9 @@ IMAGE_QUESTIONS = {  # kind -> weight in the mixture
 
 # %% ../nbs/10_pretraining.ipynb #8e3482ed
 CURRICULUM = (  # share of the steps, mixture
-    (0.11, {ask_colour: 8, ask_attribute: 3, ask_place: 3, ask_relation: 1, ask_presence: 1}),
-    (0.20, IMAGE_QUESTIONS),
-    (0.10, {ask_where: 10, ask_colour: 1, ask_place: 2, ask_relation: 1, ask_side: 2}),
-    (0.59, IMAGE_QUESTIONS),
+    (0.20, {ask_place: 5, ask_where: 4, ask_half: 3, ask_colour: 3, ask_attribute: 3, ask_relation: 1, ask_presence: 1}),
+    (0.20, {ask_side: 5, ask_relation: 4, ask_truth: 3, ask_where: 2, ask_place: 1, ask_colour: 1, ask_attribute: 1, ask_presence: 1, ask_summary: 1, ask_brief: 1}),
+    (0.60, IMAGE_QUESTIONS),
 )
 
 
@@ -320,12 +319,28 @@ def pretraining_batches(
             text = text_every and index % text_every == 0
             scenes = sample_scenes(batch_size, rng, split)
             mixture = TEXT_INSTRUCTIONS if text else mixture_at((index - 1) / steps) if steps else IMAGE_QUESTIONS
-            number = 4 if text else 9 if mixture is IMAGE_QUESTIONS else 14  # at least what fits into the budget
+            number = 4 if text else 9 if ask_detail in mixture else 14  # at least what fits into the budget
             rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
             encoded = conversations(tokenizer, rows, 0 if text else image_tokens, budget)
             yield Conversations(*encoded, scenes=None if text else scenes)
 
     return make
+
+# %% ../nbs/10_pretraining.ipynb #afd6b6b7
+class Alignment(FitModule):
+    "Trains a LLaVA's projector alone: its output tokens say, linearly, what the tower knows of each patch."
+
+    def __init__(self, model, **optimiser):
+        super().__init__(**optimiser)
+        self.model, text = model, model.config.text_config
+        model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
+        self.regions = RegionHead(text.hidden_size, model.config.image_seq_length)
+
+    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+        pixels = scene_pixels(batch["scenes"], self.model.config.vision_config.image_size, self.device)
+        loss, right = region_loss(self.regions(torch.stack(list(self.model.model.get_image_features(pixels).pooler_output))), batch["scenes"])
+        self.note(align=loss, **right)
+        return loss
 
 # %% ../nbs/10_pretraining.ipynb #73c96028
 class Pretraining(FitModule):
@@ -334,7 +349,7 @@ class Pretraining(FitModule):
     def __init__(self, model, **optimiser):
         super().__init__(**optimiser)
         self.model = model
-        model.model.vision_tower.requires_grad_(False)
+        model.requires_grad_(True).model.vision_tower.requires_grad_(False)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         "Muon on the matrices between embedding and head, AdamW on the rest."
@@ -351,9 +366,7 @@ class Pretraining(FitModule):
         return self.model.model(input_ids=batch.input_ids.to(self.device), pixel_values=pixels, use_cache=False).last_hidden_state
 
     def training_step(self, batch: Conversations, index: int) -> torch.Tensor:
-        states, labels = self.hidden(batch)[:, :-1], batch.labels[:, 1:].to(self.device)
-        keep = labels != -100
-        loss = F.cross_entropy(self.model.lm_head(states[keep]), labels[keep])
+        loss = next_token_loss(self.hidden(batch), batch.labels.to(self.device), self.model.lm_head)
         self.note(**{"image" if batch.scenes is not None else "text": loss})
         return loss
 
@@ -369,16 +382,6 @@ def answer_accuracy(module: Pretraining, batches: Iterator[Conversations], numbe
                 best = module.model.lm_head(states[row, start - 1 : stop - 1]).argmax(-1).cpu()
                 right.setdefault(kind, []).append(torch.equal(best, batch.input_ids[row, start:stop]))
     return {kind: round(100 * float(np.mean(r)), 1) for kind, r in sorted(right.items())}
-
-
-@torch.no_grad()
-def describe(model, tokenizer, scenes: Scenes, question: str = "describe the picture in detail.", max_new_tokens: int = 160) -> list[str]:
-    "Greedy answers to one question about each scene."
-    pixels = scene_pixels(scenes, model.config.vision_config.image_size, model.device).to(model.dtype)
-    prompt = "<|user|>" + "<image>" * model.config.image_seq_length + question + "<|assistant|>"
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.expand(len(scenes), -1).to(model.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False)
-    return [t.strip() for t in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
 def caption_facts(captions: list[str], scenes: Scenes) -> dict[str, float]:

@@ -41,7 +41,9 @@ class Stage:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()  # files of the repository that the notebook reads
-    trains: bool = False  # takes all cores, and the GPU where there is one
+    gpu: bool = False  # takes the GPU where there is one
+    threads: int = 1  # 0 for all cores
+    priority: int = 0  # what takes long starts first
 
 
 TRAINED = ("soft", "lora", "both", "vladva")  # variants with something to train
@@ -66,12 +68,12 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
              *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab4"))]
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
     return [
-        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), True),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), True),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), trains=True),
-        *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), trains=True) for v in TRAINED),
+        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), True, 0, 9),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), True, 0, 9),
+        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=1),
+        *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), gpu=True, priority=i + 2) for i, v in enumerate(TRAINED)),
         *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m),), (f"rows/{m}.csv",)) for m in EVALUATED),
-        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (), ("rows/blind.csv",)),
+        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"),), ("rows/blind.csv",)),
         *items,
         Stage("report", "99_report", {}, tuple(w for s in items for w in s.writes) + rows, ("rows.csv", "manifest.json", "report.html")),
     ]
@@ -266,8 +268,9 @@ IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, whi
 
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results)."
+    gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--cores", str(cores),
-               "--resources", "gpu=1", "--rerun-incomplete", "--nolock", "--quiet", "all",
+               "--resources", f"gpu={gpus}", "--rerun-incomplete", "--nolock", "--quiet", "all",
                "--config", f"profile={profile}", f"from_scratch={from_scratch}"]
     return subprocess.run(command, cwd=root(), env=os.environ | {IN_GRAPH: "1"}).returncode
 
@@ -331,7 +334,7 @@ def _serially(profile: str, folder: Path, cores: int, from_scratch: bool) -> int
     for stage in stages(profile, from_scratch):
         if is_current(stage, folder):
             continue
-        command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(cores)]
+        command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(stage.threads or cores)]
         if code := subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: "1"}).returncode:
             return code
     return 0

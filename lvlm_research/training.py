@@ -36,12 +36,16 @@ VARIANTS = {
 }
 
 
-def prepare(embedder: DiscriminativeLVLM, variant: Variant) -> DiscriminativeLVLM:
+def prepare(
+    embedder: DiscriminativeLVLM,
+    variant: Variant,
+    dropout: float = 0.0,  # of LoRA; scenes are never seen twice and need none, a small folder does
+) -> DiscriminativeLVLM:
     "Add what the variant trains."
     if variant.soft_prompts:
         embedder.add_soft_prompts()
     if variant.lora:
-        embedder.add_lora()
+        embedder.add_lora(dropout=dropout)
     return embedder
 
 # %% ../nbs/09_training.ipynb #a0998832

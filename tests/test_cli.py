@@ -38,6 +38,10 @@ def test_evaluate_embed_and_search_a_folder(folder):
     result = run("search", "--model", MODEL, "--index", str(folder / "index.parquet"), "--image", str(folder / "images/5.png"), "--top", "3")
     first = result.stdout.splitlines()[0].split()
     assert first[1] == "images/5.png" and float(first[0]) == pytest.approx(1, abs=1e-4) and len(result.stdout.splitlines()) == 3
+    other = str(CHECKPOINTS / "clip-micro")  # of the same width, so only its signature tells
+    fails_in_one_line("search", "--model", other, "--index", str(folder / "index.parquet"), "--query", "a star", says="was not made with")
+    (folder / "index.parquet").write_bytes((folder / "index.parquet").read_bytes()[:100])
+    fails_in_one_line("search", "--model", MODEL, "--index", str(folder / "index.parquet"), "--query", "a star", says="not a file written by lvlm-research embed")
 
 
 @pytest.mark.parametrize("line, says", [

@@ -64,6 +64,21 @@ def test_prose_reruns_nothing_and_code_reruns_its_readers(clone):
     assert finished(lvlm(clone, "update", "--profile", "smoke")) == ["report", "tab2"]
 
 
+def test_without_the_scheduler_an_update_runs_the_same_stages(clone):
+    path = clone / "nbs" / "paper" / "tab1.ipynb"
+    edit(path, "code", lambda s: s + "\nassert len(table) > 2")
+    hidden = "import sys; sys.modules['snakemake'] = None; from lvlm_research.cli import main; sys.exit(main(['update', '--profile', 'smoke']))"
+    result = subprocess.run([sys.executable, "-c", hidden], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}, capture_output=True, text=True)
+    assert finished(result) == ["report", "tab1"]
+    assert finished(lvlm(clone, "update", "--profile", "smoke")) == []
+
+
+def test_what_was_made_with_other_parameters_is_made_again(clone):
+    result = lvlm(clone, "stage", "fig6", "--profile", "smoke", "-p", "seed=7")
+    assert result.returncode == 0 and json.loads((clone / "results/smoke/status/fig6.json").read_text())["parameters"] == {"seed": 7}
+    assert finished(lvlm(clone, "update", "--profile", "smoke")) == ["fig6", "report"]
+
+
 def test_a_failing_notebook_is_kept_with_its_error_and_leaves_nothing_stale(clone):
     path = clone / "nbs" / "paper" / "tab2.ipynb"
     before = path.read_text()
