@@ -31,17 +31,17 @@ class Profile:
     tower_steps: int = 1800  # region pre-training of the vision tower, batches of 64 pictures
     dual_steps: int = 1800  # contrastive training of the dual encoder
     dual_batch: int = 256
-    negclip_steps: int = 150  # further steps with hard negatives, from the trained CLIP
+    negclip_steps: int = 125  # further steps with hard negatives, from the trained CLIP; as many pairs as a variant of the LVLM sees
     align_steps: int = 300  # of the LVLM's projector, batches of 64 pictures
-    pretrain_steps: int = 4500  # generative pre-training of the LVLM
+    pretrain_steps: int = 4000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
     pretrain_lr: float = 2e-3
-    train_steps: int = 250  # discriminative fine-tuning, per variant
-    train_batch: int = 96
-    learning_rate: float = 3e-3  # chosen on validation scenes (1e-3 was slower)
+    train_steps: int = 1000  # discriminative fine-tuning, per variant
+    train_batch: int = 32
+    learning_rate: float = 1e-3  # chosen by the loss on scenes not trained on
     retrieval_images: int = 1000
     captions_per_image: int = 5
-    items: int = 500  # per category of the pair benchmarks
+    items: int = 1000  # per category of the pair benchmarks
     class_images: int = 1000
     facts_scenes: int = 200  # scenes whose long captions are generated and checked
     precision: str = "32-true"
@@ -53,7 +53,7 @@ PROFILES = {p.name: p for p in (
             retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, draws=200),
     Profile("cpu"),
     Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, negclip_steps=1000, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
-            train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, items=1000, class_images=4000, precision="bf16-mixed"),
+            train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, class_images=4000, precision="bf16-mixed"),
     Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed"),
 )}
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,10 +30,10 @@ from .losses import next_token_loss
 from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward',
-           'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text',
-           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'load_lvlm',
-           'from_pretrained']
+__all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
+           'DiscriminativeLVLM', 'forward', 'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches',
+           'encode_image', 'encode_text', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
+           'save_pretrained', 'load_lvlm', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -117,6 +118,24 @@ class Templates:
         opening = self.image_text[-24:]  # enough context for the tokenizer to split as it would in place
         return self._encode(opening + caption)[len(self._encode(opening)) :] + self.end
 
+# %% ../nbs/06_embedder.ipynb #1d075d06
+class FoldedLinear(LoraLinear):
+    "A LoRA layer of peft that adds the update to the weight first; with dropout, or switched off, it is peft's."
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or args or kwargs or not all(isinstance(self.lora_dropout[n], nn.Identity) for n in names):
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        return F.linear(x, base.weight + sum(self.get_delta_weight(n) for n in names), base.bias)
+
+
+def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
+    "Fold peft's plain LoRA layers whose weight has at most so many entries."
+    for module in model.modules():
+        if type(module) is LoraLinear and module.get_base_layer().weight.numel() <= entries:
+            module.__class__ = FoldedLinear
+
 # %% ../nbs/06_embedder.ipynb #df43f09c
 def trunk_linear_names(model: nn.Module) -> list[str]:
     "Full names of the linear layers of the language model: where LoRA goes. The head, the projector and the vision tower are left alone."
@@ -155,6 +174,7 @@ class DiscriminativeLVLM(nn.Module):
         "LoRA on every linear layer of the language model (rank and alpha as in the paper, which does not say whether it used dropout)."
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
+        fold_small_layers(self.model)
         return self
 
 # %% ../nbs/06_embedder.ipynb #65be797e
@@ -344,6 +364,7 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
     if config["lora"]:
         self.lora = LoraConfig.from_pretrained(folder)
         inject_adapter_in_model(self.lora, self.model)
+        fold_small_layers(self.model)
         set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
     if config["soft_prompts"]:
         self.soft_prompts = SoftPrompts(**load_file(folder / "soft_prompts.safetensors"))
