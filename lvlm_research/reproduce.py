@@ -65,7 +65,7 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     figure, table = lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png")), lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))
     items = [Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
              Stage("fig6", "fig6", {}, (_model_file("zero-shot"), _model_file("vladva")), figure("fig6")),
-             *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab4"))]
+             *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9"))]
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
     return [
         Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), True, 0, 9),

@@ -42,7 +42,7 @@ def edit(path, kind, change):
 
 def test_everything_is_there(clone):
     results = clone / "results" / "smoke"
-    for name in (*(f"tables/tab{i}.{s}" for i in (1, 2, 4) for s in ("csv", "md")), *(f"figures/fig{i}.{s}" for i in (1, 6) for s in ("svg", "png")),
+    for name in (*(f"tables/tab{i}.{s}" for i in (1, 2, 3, 4, 8, 9) for s in ("csv", "md")), *(f"figures/fig{i}.{s}" for i in (1, 6) for s in ("svg", "png")),
                  "rows.csv", "report.html", "manifest.json"):
         assert (results / name).stat().st_size > 0, name
     manifest = json.loads((results / "manifest.json").read_text())
