@@ -69,7 +69,7 @@ def test_a_broken_image_is_named(folder):
 @pytest.mark.parametrize("argv, says", [
     (("reproduce", "--profile", "tiny"), "unknown profile 'tiny': use one of smoke, cpu, gpu, paper"),
     (("evaluate", "--model", "no/model", "--data", "."), "captions.jsonl: no such file"),
-    (("stage", "tab9"), "unknown stage 'tab9'"),
+    (("stage", "tab99"), "unknown stage 'tab99'"),
     (("stage", "tab2", "-p", "bogus=1"), "unknown parameter 'bogus'"),
     (("stage", "tab2", "-p", "profile=3"), "must be str"),
     (("search", "--model", "m", "--index", "none.parquet", "--query", "x"), "none.parquet: no such file"),
