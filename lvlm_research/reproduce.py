@@ -68,8 +68,8 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
              *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9"))]
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
     return [
-        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), True, 0, 9),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), True, 0, 9),
+        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
         Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=1),
         *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), gpu=True, priority=i + 2) for i, v in enumerate(TRAINED)),
         *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m),), (f"rows/{m}.csv",)) for m in EVALUATED),
