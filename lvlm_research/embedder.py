@@ -127,7 +127,7 @@ class FoldedLinear(LoraLinear):
         if self.disable_adapters or self.merged or args or kwargs or not all(isinstance(self.lora_dropout[n], nn.Identity) for n in names):
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
-        return F.linear(x, base.weight + sum(self.get_delta_weight(n) for n in names), base.bias)
+        return F.linear(x, base.weight + sum(self.get_delta_weight(n) for n in names).to(base.weight.dtype), base.bias)
 
 
 def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
@@ -302,7 +302,10 @@ def text_log_likelihood(self, texts: list[str], question: str = "describe the pi
         rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
         embeddings = self.model.get_input_embeddings()(rows.input_ids)
         states = self.model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        loss = F.cross_entropy(self.model.lm_head(states[:, :-1]).float().transpose(1, 2), rows.labels[:, 1:], reduction="none")
+        labels = rows.labels[:, 1:]
+        keep = labels != -100  # the head runs only where something is predicted
+        loss = torch.zeros(labels.shape, device=labels.device)
+        loss[keep] = F.cross_entropy(self.model.lm_head(states[:, :-1][keep]).float(), labels[keep], reduction="none")
         return -loss.sum(1, keepdim=True)
 
     return in_batches(texts, batch_size, encode, length=len)[:, 0]

@@ -56,6 +56,6 @@ def budgets(results: Path) -> pd.DataFrame:
     cards = []
     for name, label in MODEL_NAMES.items():
         if card := read(name):
-            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, tower of CLIP)")
+            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes, tower of CLIP)")
             cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
     return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
