@@ -16,8 +16,8 @@ from datasets import Dataset
 from .config import InputError, Profile
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
-from .scenes import (NEGATIVE_TYPES, Scenes, concatenate, holds, pair_items, phrase, sample_scenes, say, scene_codes, scene_images,
-                                  short_claim, single_object_classes, winoground_items, SHAPES, COLOURS, SIZES, TEXTURES)
+from .scenes import (NEGATIVE_TYPES, Scenes, concatenate, holds, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
+                                  short_claim, single_object_classes, winoground_items, VALUES)
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs', 'scene_pairs_benchmark', 'blind_scores',
@@ -75,8 +75,8 @@ def _captions_unique_in(scenes: Scenes, index: int, number: int, rng: np.random.
 
 
 def scene_retrieval(images: int, captions: int, image_size: int, rng: np.random.Generator, split: str = "test", subset: str = "in domain") -> Retrieval:
-    "A gallery of scenes with several identifying captions each."
-    pool = sample_scenes(2 * images, rng, split, counts=(2, 3, 3, 4, 4))
+    "A gallery of scenes, in albums, with several identifying captions each."
+    pool = sample_albums(2 * images, rng, split, counts=(2, 2, 3))
     pool = pool[np.unique(scene_codes(pool), return_index=True)[1]]
     pool = pool[rng.permutation(len(pool))[: int(1.3 * images)]]
     texts = {i: t for i in range(len(pool)) if (t := _captions_unique_in(pool, i, captions, rng)) is not None}
@@ -178,13 +178,13 @@ def class_texts(names: list[str], templates: tuple[str, ...] = TEMPLATES) -> lis
 
 
 def scene_classification(images: int, image_size: int, rng: np.random.Generator) -> Classification:
-    "Single-object test scenes; classes are texture, colour and shape."
+    "Single-object test scenes; classes are size, colour, texture and shape."
     mentions = single_object_classes()
-    index = {(m.shape, m.colour, m.texture): i for i, m in enumerate(mentions)}
+    index = {(m.shape, m.colour, m.size, m.texture): i for i, m in enumerate(mentions)}
     scenes = sample_scenes(images, rng, "test", counts=(1,))
     cell = scenes.present.argmax(1)
     value = lambda name, words: [words[v] for v in getattr(scenes, name)[np.arange(images), cell]]
-    labels = np.array([index[key] for key in zip(value("shape", SHAPES), value("colour", COLOURS), value("texture", TEXTURES))])
+    labels = np.array([index[key] for key in zip(*(value(name, words) for name, words in VALUES.items()))])
     return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES))
 
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from .config import InputError
 from .embedder import Sequences, Templates, open_image
-from .scenes import long_caption, sample_scenes, scene_images, short_caption
+from .scenes import long_caption, sample_albums, scene_images, short_caption
 
 # %% auto #0
 __all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'read_folder', 'only_split', 'scene_pairs', 'folder_pairs', 'JointBatch',
@@ -94,12 +94,12 @@ def only_split(data: Dataset, split: str) -> Dataset:
 
 # %% ../nbs/03_datasets.ipynb #7a842861
 def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train") -> Callable[[], Iterator[list[Pair]]]:
-    "An endless stream of scenes with a fresh short and a fresh long caption each."
+    "An endless stream of scenes, in albums, with a fresh short and a fresh long caption each."
 
     def make() -> Iterator[list[Pair]]:
         rng = np.random.default_rng(seed)
         while True:
-            scenes = sample_scenes(batch_size, rng, split)
+            scenes = sample_albums(batch_size, rng, split)
             yield [Pair(image, short_caption(s, rng), long_caption(s, rng)) for image, s in zip(scene_images(scenes, image_size), scenes)]
 
     return make

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from .fitting import FitModule
 from .losses import info_nce
-from .scenes import VALUES, Scenes, hard_negative, render, sample_scenes, say, short_caption, short_claim
+from .scenes import VALUES, Scenes, hard_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
 __all__ = ['quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall',
@@ -102,7 +102,7 @@ def dual_batches(
             if regions_only:
                 yield {"scenes": sample_scenes(batch_size, rng, counts=(2, 3, 4, 4, 4, 4)), "text": None}
             else:
-                scenes = sample_scenes(batch_size, rng)
+                scenes = sample_albums(batch_size, rng)
                 yield {"scenes": scenes, "text": _tokenize(processor, *_captions(scenes, rng, negatives))}
 
     return make

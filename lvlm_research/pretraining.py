@@ -192,7 +192,7 @@ def ask_detail(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 IMAGE_QUESTIONS = {  # kind -> weight in the mixture
     ask_place: 3, ask_where: 3, ask_half: 1, ask_attribute: 3, ask_colour: 1, ask_count: 1, ask_background: 0.3, ask_relation: 3, ask_side: 3, ask_presence: 1, ask_truth: 2,
-    ask_summary: 2, ask_brief: 1.5, ask_detail: 1.2,
+    ask_summary: 2, ask_brief: 1.5, ask_detail: 2,
 }
 
 # %% ../nbs/10_pretraining.ipynb #8e3482ed

@@ -15,11 +15,11 @@ import torch
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'PLACES', 'RELATIONS', 'NUMBERS', 'VALUES', 'SYNONYMS',
-           'INVERSE', 'HELD_OUT', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of', 'sample_scenes',
-           'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related', 'holds', 'mention_of', 'true_relations',
-           'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase', 'long_caption', 'short_caption',
-           'stated_facts', 'true_facts', 'hard_negative', 'PairItem', 'pair_items', 'WinogroundItem',
-           'winoground_items', 'single_object_classes']
+           'INVERSE', 'HELD_OUT', 'COUNTS', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of',
+           'sample_scenes', 'sample_albums', 'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related',
+           'holds', 'mention_of', 'true_relations', 'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase',
+           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'hard_negative', 'PairItem', 'pair_items',
+           'WinogroundItem', 'winoground_items', 'single_object_classes']
 
 # %% ../nbs/01_scenes.ipynb #56d71a78
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "moon")
@@ -104,13 +104,16 @@ def split_of(scenes: Scenes) -> np.ndarray:
     return names
 
 # %% ../nbs/01_scenes.ipynb #104e52f9
-def _draw(n: int, rng: np.random.Generator, counts: tuple[int, ...]) -> Scenes:
-    "`n` scenes from the whole world, splits mixed."
+COUNTS = (1, 2, 2, 2, 2, 2, 2, 3, 3, 3)  # numbers of objects that scenes are drawn with; repeats are weights
+
+
+def _draw(n: int, rng: np.random.Generator, counts: tuple[int, ...], palette: dict[str, np.ndarray] | None = None) -> Scenes:
+    "`n` scenes from the whole world, splits mixed; `palette` limits attributes to some of their values."
     number = rng.choice(counts, n)
     order = rng.random((n, 4)).argsort(1)
     present = order < number[:, None]
-    pick = lambda values: np.where(present, rng.integers(0, len(values), (n, 4)), -1).astype(np.int8)
-    attributes = {name: pick(values) for name, values in VALUES.items()}
+    allowed = {name: np.arange(len(values)) for name, values in VALUES.items()} | (palette or {})
+    attributes = {name: np.where(present, rng.choice(allowed[name], (n, 4)), -1).astype(np.int8) for name in VALUES}
     return Scenes(**attributes, background=rng.integers(0, 3, n).astype(np.int8), offset=rng.uniform(-1, 1, (n, 4, 2)).astype(np.float32))
 
 
@@ -118,17 +121,39 @@ def sample_scenes(
     n: int,  # how many
     rng: np.random.Generator,  # all randomness comes from here
     split: str = "train",  # train, validation, test or novel
-    counts: tuple[int, ...] = (1, 2, 2, 3, 3, 3, 4, 4),  # numbers of objects to draw from; repeats are weights
+    counts: tuple[int, ...] = COUNTS,  # numbers of objects to draw from
+    palette: dict[str, np.ndarray] | None = None,  # indices of the values that an attribute may have; None for all
 ) -> Scenes:
     "Sample `n` scenes of one split."
     if split not in ("train", "validation", "test", "novel"):
         raise ValueError(f"split {split!r} is none of train, validation, test, novel")
     parts, have = [], 0
     while have < n:
-        batch = _draw(2 * (n - have) + 64, rng, counts)
+        batch = _draw(2 * (n - have) + 64, rng, counts, palette)
         parts.append(batch[np.flatnonzero(split_of(batch) == split)])
         have += len(parts[-1])
     return concatenate(parts)[slice(0, n)]
+
+# %% ../nbs/01_scenes.ipynb #de2a883b
+def _palette(rng: np.random.Generator, values: int, split: str) -> dict[str, np.ndarray]:
+    "Indices of some shapes and as many colours; for novel scenes a held-out combination is among them."
+    order = {name: rng.permutation(len(VALUES[name])) for name in ("shape", "colour")}
+    if split == "novel":
+        held_out = np.argwhere(_HELD_OUT)[rng.integers(len(HELD_OUT))]
+        order = {name: np.concatenate([[first], indices[indices != first]]) for (name, indices), first in zip(order.items(), held_out)}
+    return {name: indices[:values] for name, indices in order.items()}
+
+
+def sample_albums(
+    n: int,  # how many scenes
+    rng: np.random.Generator,
+    split: str = "train",  # train, validation, test or novel
+    counts: tuple[int, ...] = COUNTS,  # numbers of objects to draw from
+    size: int = 8,  # scenes of an album
+    values: int = 2,  # shapes, and colours, that they share
+) -> Scenes:
+    "Sample `n` scenes of one split, album after album; the last one may be cut short."
+    return concatenate([sample_scenes(min(size, n - start), rng, split, counts, _palette(rng, values, split)) for start in range(0, n, size)])
 
 # %% ../nbs/01_scenes.ipynb #dc93ac62
 def _circle(x, y): return torch.hypot(x, y) - 0.92
@@ -271,7 +296,7 @@ def mention_of(
     scene: Scenes,  # one scene
     cell: int,  # a cell that holds an object
     rng: np.random.Generator,
-    extra: float = 0.35,  # chance to say the size, and to say the texture
+    extra: float = 0.15,  # chance to say the size, and to say the texture
     place: bool = False,  # say where it is
 ) -> Mention:
     "A true mention of the object in one cell."
@@ -298,11 +323,11 @@ def short_claim(
     "A true, partial claim about a scene: what a short caption says."
     cells = _cells(scene, rng)
     if kind is None:
-        kinds = ["relation", "relation", "list", "list", "background", "count"] if len(cells) > 1 else ["background", "place"]
+        kinds = ["relation"] * 7 + ["list"] * 3 + ["background", "count"] if len(cells) > 1 else ["background", "place"]
         kind = kinds[rng.integers(len(kinds))]
     if kind == "count":
         return _count_claim(scene, cells, rng)
-    number = {"relation": 2, "list": min(len(cells), int(rng.integers(2, 4))), "background": min(len(cells), int(rng.integers(1, 3))), "place": 1}[kind]
+    number = 1 if kind == "place" else min(len(cells), 3)
     mentions = tuple(mention_of(scene, cell, rng, place=kind == "place") for cell in cells[:number])
     relation = rng.choice(true_relations(*cells[:2])).item() if kind == "relation" else None
     background = BACKGROUNDS[scene.background[0]] if kind == "background" else None
@@ -524,7 +549,7 @@ def pair_items(n: int, kind: str, rng: np.random.Generator, split: str = "test")
     "`n` items of one negative type; every caption is true of its scene, every negative is false of it."
     items = []
     while len(items) < n:
-        for scene in sample_scenes(n, rng, split, counts=(2, 3, 3, 4)):
+        for scene in sample_scenes(n, rng, split, counts=(2, 2, 3)):
             claim = short_claim(scene, rng, "relation" if kind in ("replace_rel", "swap_obj") else ("relation", "list")[rng.integers(2)])
             negative = hard_negative(kind, claim, scene, rng)
             if negative is not None and len(items) < n:
@@ -569,6 +594,6 @@ def winoground_items(n: int, rng: np.random.Generator, split: str = "test") -> l
 
 # %% ../nbs/01_scenes.ipynb #e6d16db5
 def single_object_classes() -> list[Mention]:
-    "All texture-colour-shape combinations that training may show (168)."
-    mentions = (Mention(s, c, texture=t) for t in TEXTURES for c in COLOURS for s in SHAPES)
+    "All size-colour-texture-shape combinations that training may show (336)."
+    mentions = (Mention(s, c, size, t) for size in SIZES for t in TEXTURES for c in COLOURS for s in SHAPES)
     return [m for m in mentions if not m.held_out]
