@@ -16,11 +16,11 @@ from datasets import Dataset
 
 from .config import InputError
 from .embedder import Sequences, Templates, open_image
-from .scenes import long_caption, sample_albums, scene_images, short_caption
+from .scenes import claim_with_negative, long_caption, paraphrase, sample_albums, say, scene_images, short_caption
 
 # %% auto #0
 __all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'read_folder', 'only_split', 'scene_pairs', 'folder_pairs', 'JointBatch',
-           'joint_batches']
+           'joint_batches', 'TextBatch', 'text_batches']
 
 # %% ../nbs/03_datasets.ipynb #79dbb1a6
 @dataclass(frozen=True)
@@ -138,14 +138,42 @@ class JointBatch:
     same: torch.Tensor  # (S, S) bool, over the S short captions
 
 
-def joint_batches(templates: Templates, pairs: Callable[[], Iterator[list[Pair]]], with_long: bool = True) -> Callable[[], Iterator[JointBatch]]:
+def joint_batches(
+    templates: Templates,
+    pairs: Callable[[], Iterator[list[Pair]]],
+    with_long: bool = True,  # predict the long captions after the picture
+    contrast_long: bool = False,  # use the long captions as texts too, instead of the short ones
+) -> Callable[[], Iterator[JointBatch]]:
     "Collate a stream of pairs for one model."
 
     def make() -> Iterator[JointBatch]:
         for batch in pairs():
             image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
-            short = [p.short for p in batch if p.short]
+            texts = [p.long if contrast_long else p.short for p in batch]
+            short = [t for t in texts if t]
             number = torch.tensor([short.index(s) for s in short])
-            yield JointBatch(image, templates.text(short) if short else None, torch.tensor([p.short is not None for p in batch]), number[:, None] == number)
+            yield JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
+
+    return make
+
+# %% ../nbs/03_datasets.ipynb #92f40d26
+@dataclass
+class TextBatch:
+    "Text sequences of `B` captions, of a paraphrase of each, and of a contradiction of each."
+
+    caption: Sequences
+    paraphrase: Sequences
+    contradiction: Sequences
+
+
+def text_batches(templates: Templates, batch_size: int, seed: int, split: str = "train") -> Callable[[], Iterator[TextBatch]]:
+    "An endless stream of triplets about scenes that nobody sees, in albums."
+
+    def make() -> Iterator[TextBatch]:
+        rng = np.random.default_rng(seed)
+        while True:
+            pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
+            texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
+            yield TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
 
     return make

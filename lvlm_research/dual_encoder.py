@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from .fitting import FitModule
 from .losses import info_nce
-from .scenes import VALUES, Scenes, hard_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
+from .scenes import VALUES, Scenes, claim_with_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
 __all__ = ['quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall',
@@ -117,12 +117,9 @@ def _captions(scenes: Scenes, rng: np.random.Generator, negatives: bool) -> tupl
 
 
 def _caption_with_twin(scene: Scenes, rng: np.random.Generator) -> tuple[str, str]:
-    "Claims are drawn until one has a hard negative; replacements and swaps only, as in NegCLIP."
-    while True:
-        claim, style = short_claim(scene, rng), int(rng.integers(2**32))
-        for kind in rng.permutation(("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")):
-            if (twin := hard_negative(kind, claim, scene, rng)) is not None:
-                return tuple(say(c, np.random.default_rng(style)) for c in (claim, twin))
+    "A true and a false caption in the same words and form."
+    style = int(rng.integers(2**32))
+    return tuple(say(claim, np.random.default_rng(style)) for claim in claim_with_negative(scene, rng))
 
 
 def _tokenize(processor: CLIPProcessor, texts: list[str], twins: list[str]) -> dict:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% auto #0
-__all__ = ['info_nce', 'Temperature', 'next_token_loss']
+__all__ = ['info_nce', 'Temperature', 'text_contrast', 'next_token_loss']
 
 # %% ../nbs/08_losses.ipynb #7ef4a553
 def info_nce(
@@ -40,6 +40,17 @@ class Temperature(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.log_scale.exp().clamp(max=self.highest)
+
+# %% ../nbs/08_losses.ipynb #372df8bf
+def text_contrast(
+    caption: torch.Tensor,  # (B, D) unit-norm
+    paraphrase: torch.Tensor,  # (B, D) unit-norm, row k means the same as caption k
+    contradiction: torch.Tensor,  # (B, D) unit-norm, row k contradicts caption k
+    scale: float = 20.0,  # inverse temperature
+) -> torch.Tensor:
+    "Contrastive loss of E5-V (Jiang et al., 2024), mean over the batch, a scalar."
+    logits = scale * caption.float() @ torch.cat([paraphrase, contradiction]).float().T
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 # %% ../nbs/08_losses.ipynb #c78d7c65
 def next_token_loss(

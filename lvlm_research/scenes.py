@@ -18,8 +18,8 @@ __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'PLACES', 'R
            'INVERSE', 'HELD_OUT', 'COUNTS', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of',
            'sample_scenes', 'sample_albums', 'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related',
            'holds', 'mention_of', 'true_relations', 'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase',
-           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'hard_negative', 'PairItem', 'pair_items',
-           'WinogroundItem', 'winoground_items', 'single_object_classes']
+           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'hard_negative', 'claim_with_negative',
+           'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items', 'single_object_classes']
 
 # %% ../nbs/01_scenes.ipynb #56d71a78
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "moon")
@@ -532,6 +532,15 @@ def hard_negative(
         if (novel or not any(m.held_out for m in candidate.mentions)) and not holds(candidate, scene)[0]:
             return candidate
     return None
+
+# %% ../nbs/01_scenes.ipynb #0424a876
+def claim_with_negative(scene: Scenes, rng: np.random.Generator) -> tuple[Claim, Claim]:
+    "What a short caption says of one scene, and a replacement or swap of it that is false."
+    while True:
+        claim = short_claim(scene, rng)
+        for kind in rng.permutation([kind for kind in NEGATIVE_TYPES if not kind.startswith("add")]):
+            if (negative := hard_negative(kind, claim, scene, rng)) is not None:
+                return claim, negative
 
 # %% ../nbs/01_scenes.ipynb #99f3d326
 @dataclass(frozen=True)

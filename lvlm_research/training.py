@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .datasets import JointBatch
+from .datasets import JointBatch, TextBatch
 from .embedder import DiscriminativeLVLM
 from .fitting import FitModule
-from .losses import Temperature, info_nce
+from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'trainable_parameters']
+__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'trainable_parameters', 'TextContrastive']
 
 # %% ../nbs/09_training.ipynb #6d92942e
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Variant:
     soft_prompts: bool = False
     lora: bool = False
     ar_weight: float = 0.0  # of the next-token loss; the paper adds the two losses
+    text_only: bool = False  # contrast among captions, no picture is ever seen (E5-V)
+    contrast_long: bool = False  # long captions take the place of the short ones in the contrastive loss
 
 
 VARIANTS = {
@@ -33,6 +35,8 @@ VARIANTS = {
     "lora": Variant(lora=True),
     "both": Variant(True, True),
     "vladva": Variant(True, True, 1.0),
+    "e5v": Variant(lora=True, text_only=True),
+    "long": Variant(True, True, contrast_long=True),
 }
 
 
@@ -74,3 +78,17 @@ class Discriminative(FitModule):
 def trainable_parameters(module: torch.nn.Module) -> int:
     "Number of parameters that require gradients."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+# %% ../nbs/09_training.ipynb #4764b311
+class TextContrastive(FitModule):
+    "Training on texts alone; what it does to pictures comes through the language model that both share."
+
+    def __init__(self, embedder: DiscriminativeLVLM, **optimiser):
+        super().__init__(**optimiser)
+        self.embedder, self.pairs_seen = embedder, 0
+
+    def training_step(self, batch: TextBatch, index: int) -> torch.Tensor:
+        loss = text_contrast(*(self.embedder.embed(s.to(self.device), "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
+        self.pairs_seen += len(batch.caption.last)
+        self.note(contrastive=loss)
+        return loss
