@@ -22,7 +22,8 @@ def run_reproduce(args: argparse.Namespace) -> None:
     "Regenerate (`reproduce`) or bring up to date (`update`) every figure and table of a profile."
     from lvlm_research.reproduce import run_graph
 
-    folder = run_graph(args.profile, args.results, fresh=args.verb == "reproduce", from_scratch=getattr(args, "from_scratch", False), cores=args.cores)
+    fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
+    folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only)
     print(f"report   {folder / 'report.html'}\nfigures  {folder / 'figures'}\ntables   {folder / 'tables'}\nmanifest {folder / 'manifest.json'}")
 
 
@@ -152,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--results", default="", help="folder (default: results/PROFILE)")
         sub.add_argument("--cores", type=int, help="cores to use (default: all)")
         sub.add_argument("--from-scratch", action="store_true", help="retrain the base checkpoints instead of using the committed ones")
+        sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")
     sub.add_argument("--profile", default="smoke")

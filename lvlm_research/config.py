@@ -44,13 +44,14 @@ class Profile:
     items: int = 1000  # per category of the pair benchmarks
     class_images: int = 1000
     facts_scenes: int = 200  # scenes whose long captions are generated and checked
+    study_images: int = 500  # validation scenes of the analyses (prompts, spectra, attention)
     precision: str = "32-true"
     draws: int = 1000  # of the bootstrap
 
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, negclip_steps=2, align_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
-            retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, draws=200),
+            retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, study_images=24, draws=200),
     Profile("cpu"),
     Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, negclip_steps=1000, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
             train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, class_images=4000, precision="bf16-mixed"),

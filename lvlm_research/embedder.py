@@ -348,11 +348,11 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[n
 
 @method_of(DiscriminativeLVLM)
 @classmethod
-def from_pretrained(cls, folder: str | Path, base: str | Path | None = None) -> DiscriminativeLVLM:
-    "Load a saved adapter on its base, or a plain LVLM checkpoint as the zero-shot embedder."
+def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, prompt: Prompt = SUMMARY) -> DiscriminativeLVLM:
+    "Load a saved adapter on its base (which has its own prompt), or a plain LVLM checkpoint as the zero-shot embedder with this prompt."
     folder = find_model(folder)
     if not (folder / CONFIG_NAME).exists():
-        return cls(*load_lvlm(folder), base=str(folder))
+        return cls(*load_lvlm(folder), prompt=prompt, base=str(folder))
     config = json.loads((folder / CONFIG_NAME).read_text())
     name = str(base or config["base"])
     self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name)

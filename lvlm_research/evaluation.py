@@ -17,12 +17,14 @@ from transformers import CLIPModel, CLIPProcessor
 
 from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
-from .config import InputError, find_model
+from .config import InputError, find_model, write_beside
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
 from .metrics import bootstrap_interval, mean_of_means_interval
+from .prompts import SUMMARY, Prompt
 
 # %% auto #0
-__all__ = ['Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'evaluate', 'evaluate_blind']
+__all__ = ['Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows', 'evaluate',
+           'evaluate_blind', 'save_scores', 'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -67,13 +69,16 @@ class ClipEmbedder:
         return in_batches(texts, batch_size, encode, length=len, progress=progress)
 
 
-def load_embedder(folder: str | Path) -> Embedder:
+def load_embedder(
+    folder: str | Path,
+    prompt: Prompt = SUMMARY,  # of a plain LVLM; an adapter has its own, a CLIP none
+) -> Embedder:
     "A CLIP, an LVLM or a trained adapter, whatever the folder holds."
     quiet_loading()
     folder = find_model(folder)
     is_clip = (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text(errors="replace")
     try:
-        embedder = (ClipEmbedder if is_clip else DiscriminativeLVLM).from_pretrained(folder)
+        embedder = ClipEmbedder.from_pretrained(folder) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt)
     except InputError:
         raise
     except Exception as error:  # whatever transformers, safetensors or json make of a damaged folder
@@ -119,24 +124,35 @@ def _unique(lists: list[list]) -> tuple[list, list[np.ndarray]]:
     return items, rows
 
 
-def evaluate(
-    embedder: Embedder,
-    suite: list[Benchmark],
-    draws: int = 1000,  # of the bootstrap
-    progress: bool = False,
-    **run: str,  # profile, seed, model ...: first columns of every row
-) -> pd.DataFrame:
-    "Tidy rows of all benchmarks."
+Scores = dict[str, list[Score]]  # per benchmark, the per-item values of every metric
+
+
+def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = False) -> Scores:
+    "Per-item scores of all benchmarks."
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
     image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
         raise ValueError("the model returned NaN or infinite embeddings: nothing can be scored")
-    scores: dict[str, list[Score]] = {}
+    scores: Scores = {}
     for bench, i, t in zip(suite, image_rows, text_rows):
         scores[bench.name] = scores.get(bench.name, []) + bench.score(image[i], text[t])
+    return scores
+
+
+def tidy_rows(
+    scores: Scores,
+    draws: int = 1000,  # of the bootstrap
+    **run: str,  # profile, seed, model ...: first columns of every row
+) -> pd.DataFrame:
+    "One row per metric, with its interval."
     rows = [_row(score, name, draws, **run) for name, found in scores.items() for score in found]
     return pd.DataFrame(rows + _group_rows(scores.get("sugarcrepe", []), draws, **run))
+
+
+def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, progress: bool = False, **run: str) -> pd.DataFrame:
+    "Tidy rows of all benchmarks for one embedder."
+    return tidy_rows(score_suite(embedder, suite, progress), draws, **run)
 
 
 def _group_rows(scores: list[Score], draws: int, **run: str) -> list[dict]:
@@ -161,3 +177,22 @@ def evaluate_blind(
     likelihood = lvlm.text_log_likelihood if lvlm else None
     scored = [(rule, score, b.name) for b in suite if isinstance(b, Pairs) for rule, score in blind_scores(b, likelihood)]
     return pd.DataFrame([_row(score, name, draws, **run | {"model": rule}) for rule, score, name in scored])
+
+# %% ../nbs/12_evaluation.ipynb #17d6d4f3
+def save_scores(scores: Scores, file: str | Path) -> Path:
+    "Write per-item values (and groups, where items are not independent) as a compressed npz."
+    arrays = {}
+    for benchmark, found in scores.items():
+        for s in found:
+            arrays[f"{benchmark}|{s.subset}|{s.metric}"] = s.values
+            if s.groups is not None:
+                arrays[f"{benchmark}|{s.subset}|{s.metric}|groups"] = s.groups
+    with write_beside(file) as part:
+        np.savez_compressed(part, **arrays)
+    return Path(file)
+
+
+def load_scores(file: str | Path) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray | None]]:
+    "(benchmark, subset, metric) -> per-item values and their groups."
+    with np.load(file) as arrays:
+        return {tuple(key.split("|")): (arrays[key], arrays[f"{key}|groups"] if f"{key}|groups" in arrays else None) for key in arrays if key.count("|") == 2}

@@ -10,7 +10,7 @@ import torch
 
 # %% auto #0
 __all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
-           'topk_hits', 'bootstrap_interval', 'mean_of_means_interval']
+           'topk_hits', 'bootstrap_interval', 'mean_of_means_interval', 'paired_difference', 'rank_correlation']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -123,3 +123,40 @@ def mean_of_means_interval(
     rng = np.random.default_rng(seed)
     means = np.mean([[part[rng.integers(0, len(part), len(part))].mean() for part in parts] for _ in range(draws)], axis=1)
     return tuple(float(q) for q in np.quantile(means, ((1 - level) / 2, (1 + level) / 2)))
+
+# %% ../nbs/11_metrics.ipynb #9165413c
+def paired_difference(
+    first: list[np.ndarray],  # per-item scores of one model, one array a category
+    second: list[np.ndarray],  # of another model, on the same items
+    groups: list[np.ndarray | None] | None = None,  # per category, the group of each item (whole groups are drawn)
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    "Mean over categories of first - second, with a 95 % bootstrap interval over items."
+    rng, columns = np.random.default_rng(seed), []
+    for values, group in zip((a - b for a, b in zip(first, second)), groups or [None] * len(first)):
+        index = np.arange(len(values)) if group is None else np.unique(group, return_inverse=True)[1]
+        sums, sizes = np.bincount(index, values), np.bincount(index)
+        picks = [rng.integers(0, len(sums), len(sums)) for _ in range(draws)]
+        columns.append([values.mean()] + [sums[p].sum() / sizes[p].sum() for p in picks])
+    means = np.mean(columns, axis=0)
+    low, high = np.quantile(means[1:], (0.025, 0.975))
+    return float(means[0]), float(low), float(high)
+
+# %% ../nbs/11_metrics.ipynb #d7627711
+def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    "Spearman's correlation of two `(N,)` series (ties share their mean rank), with a 95 % bootstrap interval over the N points."
+    rng = np.random.default_rng(seed)
+
+    def spearman(rows: np.ndarray) -> float:
+        a, b = (_ranks(np.asarray(v, float)[rows]) for v in (x, y))
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+    low, high = np.quantile([spearman(rng.integers(0, len(x), len(x))) for _ in range(draws)], (0.025, 0.975))
+    return spearman(np.arange(len(x))), float(low), float(high)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    "Ranks from 0; ties share their mean rank."
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[index]

@@ -5,13 +5,17 @@
 # %% ../nbs/02_prompts.ipynb #1ee6a5ce
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from .config import InputError
+
 # %% auto #0
-__all__ = ['SUMMARY', 'Prompt', 'SoftPrompts']
+__all__ = ['SUMMARY', 'Prompt', 'read_prompts', 'SoftPrompts']
 
 # %% ../nbs/02_prompts.ipynb #90656690
 @dataclass(frozen=True)
@@ -27,6 +31,20 @@ class Prompt:
 
 
 SUMMARY = Prompt("summary of the picture in one word:", "summary of the sentence in one word:")
+
+# %% ../nbs/02_prompts.ipynb #f4a3a653
+def read_prompts(file: str | Path) -> list[Prompt]:
+    "Prompt pairs of a JSON list of `{\"image\": ..., \"text\": ...}`; InputError names the entry that is wrong."
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not a readable JSON file ({error})") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{file}: expected a list of {{\"image\": ..., \"text\": ...}}")
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or set(entry) != {"image", "text"} or not all(isinstance(v, str) and v.strip() for v in entry.values()):
+            raise InputError(f"{file}, entry {number}: expected {{\"image\": ..., \"text\": ...}} with two non-empty texts, found {entry!r:.80}")
+    return [Prompt(**entry) for entry in entries]
 
 # %% ../nbs/02_prompts.ipynb #7167a25d
 class SoftPrompts(nn.Module):

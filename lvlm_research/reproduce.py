@@ -25,10 +25,11 @@ from filelock import FileLock, Timeout
 from .config import InputError, available_cores, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'IN_GRAPH', 'Stage', 'stages', 'stage_of', 'notebook_path', 'declared_parameters',
-           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
-           'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
-           'table_html', 'report_html']
+__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'IN_GRAPH', 'INTRO', 'Stage', 'stages', 'stage_of', 'needed_for',
+           'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
+           'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current',
+           'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
+           'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -46,8 +47,23 @@ class Stage:
     priority: int = 0  # what takes long starts first
 
 
-TRAINED = ("soft", "lora", "both", "vladva")  # variants with something to train
+TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
 EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
+ITEMS = {  # of the paper -> what the report says of it
+    "fig1": "The framework, drawn from the trained module; what is trained is framed in red.",
+    "fig2": "Entropy of the next token at the read-out over 50 pairs of prompts, validation scenes.",
+    "fig3": "Cumulative variance of the embeddings: one line per prompt of the zero-shot model, and VladVA.",
+    "fig4": "The likeliest next words at the read-out, before and after fine-tuning.",
+    "fig5": "Zero-shot R@1 over prompts, ordered by next-token entropy.",
+    "fig6": "Attention from the summary token to the image tokens, before and after fine-tuning.",
+    "fig7": "Captions of the same pictures by the base, the E5-V-style model and VladVA, adapter on.",
+    "tab1": "Retrieval on test scenes, percent. Reported rows are the paper's, on other data.",
+    "tab2": "True caption against a hard negative, percent; chance is 50.",
+    "tab3": "Two true captions against a hard negative, percent; chance is a third.",
+    "tab4": "Ablation; group scores are means over categories, with the budget of each variant.",
+    "tab8": "Pairs of pictures and captions of the same words, percent; chance is 25, 25 and 17.",
+    "tab9": "Zero-shot classification of single objects, percent; 336 classes.",
+}
 
 
 def _model_file(model: str) -> str:
@@ -61,21 +77,52 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     if profile == "paper":
         raise InputError("profile 'paper' needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
     from_scratch = from_scratch or profile_of(profile).size != "micro"  # committed checkpoints are micro
+    models = _models(profile, from_scratch)
     rows = tuple(f"rows/{m}.csv" for m in (*EVALUATED, "blind"))
-    figure, table = lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png")), lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))
-    items = [Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
-             Stage("fig6", "fig6", {}, (_model_file("zero-shot"), _model_file("vladva")), figure("fig6")),
-             *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9"))]
+    items = _items(rows)
+    claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in EVALUATED), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
+    return [
+        *models,
+        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT), (f"rows/{m}.csv", f"items/{m}.npz")) for m in EVALUATED),
+        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"), BEST_PROMPT), ("rows/blind.csv",)),
+        Stage("captions", "41_captions", {}, tuple(_model_file(m) for m in ("zero-shot", "e5v", "vladva")), ("captions/captions.csv",), priority=1),
+        *items,
+        claims,
+        Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *rows, *claims.writes), ("rows.csv", "manifest.json", "report.html")),
+    ]
+
+
+BEST_PROMPT = "prompts/best.json"
+
+
+def _models(profile: str, from_scratch: bool) -> list[Stage]:
+    "What is trained, and the prompt that it is trained with."
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
+    train = lambda variant, **more: Stage(f"train-{variant}", "20_train_discriminative", {"variant": variant, **more}, (_model_file("zero-shot"), BEST_PROMPT),
+                                          (_model_file(variant), f"models/{variant}/curves.csv"), gpu=True, priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
     return [
         Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
         Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=1),
-        *(Stage(f"train-{v}", "20_train_discriminative", {"variant": v}, (_model_file("zero-shot"),), (_model_file(v),), gpu=True, priority=i + 2) for i, v in enumerate(TRAINED)),
-        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m),), (f"rows/{m}.csv",)) for m in EVALUATED),
-        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"),), ("rows/blind.csv",)),
-        *items,
-        Stage("report", "99_report", {}, tuple(w for s in items for w in s.writes) + rows, ("rows.csv", "manifest.json", "report.html")),
+        Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
+        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
+        *(train(v) for v in TRAINED),
+        train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
+    ]
+
+
+def _items(rows: tuple[str, ...]) -> list[Stage]:
+    "Figures and tables."
+    figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
+    study, before_and_after = ("prompts/prompts.csv",), (_model_file("zero-shot"), _model_file("vladva"))
+    return [
+        Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
+        Stage("fig2", "fig2", {}, study, figure("fig2")),
+        Stage("fig3", "fig3", {}, (*study, "prompts/spectra.csv", *before_and_after), figure("fig3") + measures("fig3")),
+        Stage("fig4", "fig4", {}, before_and_after, figure("fig4") + measures("fig4")),
+        Stage("fig5", "fig5", {}, study, figure("fig5") + measures("fig5")),
+        Stage("fig6", "fig6", {}, before_and_after, figure("fig6") + measures("fig6")),
+        Stage("fig7", "fig7", {}, ("captions/captions.csv",), figure("fig7") + table("fig7") + measures("fig7")),
+        *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9")),
     ]
 
 
@@ -85,6 +132,19 @@ def stage_of(name: str, profile: str, from_scratch: bool = False) -> Stage:
     if name not in found:
         raise InputError(f"unknown stage {name!r}: use one of {', '.join(found)}")
     return found[name]
+
+
+def needed_for(name: str, graph: list[Stage]) -> list[Stage]:
+    "The stage of that name and all that it needs, in order."
+    found = {s.name: s for s in graph}
+    if name not in found:
+        raise InputError(f"unknown stage {name!r}: use one of {', '.join(found)}")
+    kept, reads = [], set()
+    for stage in reversed(graph):
+        if stage.name == name or reads & set(stage.writes):
+            kept.append(stage)
+            reads |= set(stage.reads)
+    return kept[::-1]
 
 # %% ../nbs/15_reproduce.ipynb #58418517
 def notebook_path(name: str) -> Path:
@@ -266,12 +326,12 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
 IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
 
 
-def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
-    "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results)."
+def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str]) -> int:
+    "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--cores", str(cores),
-               "--resources", f"gpu={gpus}", "--rerun-incomplete", "--nolock", "--quiet", "all",
-               "--config", f"profile={profile}", f"from_scratch={from_scratch}"]
+               "--resources", f"gpu={gpus}", "--rerun-incomplete", "--nolock", "--keep-going", "--quiet", "all",
+               "--config", f"profile={profile}", f"from_scratch={from_scratch}", "--", *targets]
     return subprocess.run(command, cwd=root(), env=os.environ | {IN_GRAPH: "1"}).returncode
 
 
@@ -307,9 +367,16 @@ def is_current(stage: Stage, folder: Path) -> bool:
             and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
 
 
-def run_graph(profile: str, results: str = "", fresh: bool = False, from_scratch: bool = False, cores: int | None = None) -> Path:
-    "Bring the results of a profile up to date; `fresh` removes them first. Returns the folder."
-    stages(profile)
+def run_graph(
+    profile: str,
+    results: str = "",  # folder; empty for results/PROFILE
+    fresh: bool = False,  # remove the results first
+    from_scratch: bool = False,  # retrain the base checkpoints
+    cores: int | None = None,  # default: all
+    only: str = "",  # one stage and what it needs; the rest is left as it is
+) -> Path:
+    "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and a report that says what is missing."
+    needed_for(only or "report", stages(profile))
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
         if fresh:
@@ -317,27 +384,29 @@ def run_graph(profile: str, results: str = "", fresh: bool = False, from_scratch
             results_folder(profile, str(folder))
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
         write_text(folder / "profile.json", json.dumps({"profile": profile, "from_scratch": from_scratch}) + "\n")
-        graph = stages(profile, from_scratch)
+        graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
         print(f"profile {profile}: {len(graph)} stages on {cores} cores into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
             if (folder / "status" / f"{stage.name}.json").exists() and not is_current(stage, folder):
                 for name in stage.writes:
                     (folder / name).unlink(missing_ok=True)
-        code = (_snakemake if has_snakemake() else _serially)(profile, folder, cores, from_scratch)
+        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes)) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
+        if code:
+            write_report(folder, profile)
     if code:
         raise InputError(f"the run stopped; see the line above and {folder / 'status'}, then `lvlm-research update --profile {profile}` goes on from there")
     return folder
 
 
-def _serially(profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
-    "Every stage that is not current, in the order of the graph, each in a process of its own."
-    for stage in stages(profile, from_scratch):
-        if is_current(stage, folder):
+def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
+    "Every stage that is not current and whose inputs are there, in the order of the graph, each in a process of its own."
+    failed = 0
+    for stage in graph:
+        if is_current(stage, folder) or not all((folder / name).is_file() for name in stage.reads):
             continue
         command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(stage.threads or cores)]
-        if code := subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: "1"}).returncode:
-            return code
-    return 0
+        failed = subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: "1"}).returncode or failed
+    return failed
 
 # %% ../nbs/15_reproduce.ipynb #8c841056
 def load_rows(results: Path):
@@ -362,7 +431,7 @@ h1{font-size:1.6rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e5e5e5;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #999}
-table.reported td{color:#666;font-style:italic}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
+table.reported td{color:#666;font-style:italic}table.claims td,table.claims th{white-space:normal;text-align:left;vertical-align:top}p.missing{color:#b3353a}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
 pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.7rem}.note{color:#555}
 """
 
@@ -392,12 +461,28 @@ def table_html(csv_path: Path) -> str:
     return "".join(parts)
 
 
-def _short(value: str) -> str:
-    "Decimal numbers with one digit."
+def _decimals(value: str, digits: int) -> str:
+    "Decimal numbers with so many digits; anything else as it is."
     try:
-        return f"{float(value):.1f}" if "." in value else value
+        return f"{float(value):.{digits}f}" if "." in value else value
     except ValueError:
         return value
+
+
+def _short(value: str) -> str:
+    "Decimal numbers with one digit."
+    return _decimals(value, 1)
+
+
+def plain_table_html(csv_path: Path, columns: list[str]) -> str:
+    "Some columns of a table file as HTML; text wraps."
+    import csv
+
+    with open(csv_path, newline="", encoding="utf-8") as f:
+        rows = [[row[c] for c in columns] for row in csv.DictReader(f)]
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(_decimals(v, 2))}</{tag}>" for v in row)
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<div class=scroll><table class=claims><thead><tr>{cells(columns, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]) -> str:
@@ -405,3 +490,35 @@ def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]
     parts = [f"<h2>{html.escape(h)}</h2><p class=note>{html.escape(note)}</p>{content}" for h, note, content in sections]
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(parts)}</body></html>\n"
+
+# %% ../nbs/15_reproduce.ipynb #b3183e1d
+INTRO = "Profile {profile}: procedural scenes and micro models trained here. These numbers show the method at a small scale; they are not the paper's."
+
+
+def _missing(results: Path, stage: str) -> str:
+    "A line for an item that this run has not made."
+    try:
+        status = json.loads((results / "status" / f"{stage}.json").read_text())
+    except (OSError, ValueError):
+        status = {}
+    reason = status.get("error") or "something that it needs was not made, see the notebooks with an error in this results folder"
+    return f"<p class=missing>missing: {html.escape(reason)}</p>"
+
+
+def report_sections(results: Path, record: dict) -> Iterator[tuple[str, str, str]]:
+    "(heading, note, html) of every item, the claims and the manifest `record`."
+    for item, note in ITEMS.items():
+        figure, table = results / f"figures/{item}.svg", results / f"tables/{item}.csv"
+        svg = figure.read_text(encoding="utf-8") if figure.exists() else ""
+        content = (f"<figure>{svg[svg.index('<svg'):]}</figure>" if svg else "") + (table_html(table) if table.exists() else "")
+        yield item.replace("fig", "Figure ").replace("tab", "Table "), note, content or _missing(results, item)
+    claims = results / "claims.csv"
+    columns = ["claim", "statistic", "value", "ci_low", "ci_high", "claimed", "verdict", "note"]
+    yield "Claims", "What the paper says, and whether it holds here; 95 % intervals.", plain_table_html(claims, columns) if claims.exists() else _missing(results, "claims")
+    yield "Manifest", "Parameters, inputs, outputs and hashes of every stage.", f"<details><summary>show</summary><pre>{html.escape(json.dumps(record, indent=1))}</pre></details>"
+
+
+def write_report(results: Path, profile: str) -> Path:
+    "Write report.html from what is there."
+    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile), report_sections(results, manifest(results, profile)))
+    return write_text(results / "report.html", page)

@@ -18,8 +18,9 @@ __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'PLACES', 'R
            'INVERSE', 'HELD_OUT', 'COUNTS', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of',
            'sample_scenes', 'sample_albums', 'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related',
            'holds', 'mention_of', 'true_relations', 'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase',
-           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'hard_negative', 'claim_with_negative',
-           'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items', 'single_object_classes']
+           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'fact_counts', 'hard_negative',
+           'claim_with_negative', 'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items',
+           'single_object_classes']
 
 # %% ../nbs/01_scenes.ipynb #56d71a78
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "moon")
@@ -462,6 +463,14 @@ def true_facts(scene: Scenes) -> set[tuple[str, str, str]]:
         else:
             facts.add((place, "shape", "nothing"))
     return facts
+
+
+def fact_counts(caption: str, scene: Scenes) -> tuple[int, int, int]:
+    "What a long caption says of the objects of one scene: facts right, facts wrong, and true facts that it leaves out."
+    objects = {fact for fact in true_facts(scene) if fact[2] != "nothing"}
+    stated = [fact for fact in stated_facts(caption) if fact[2] != "nothing"]
+    right = len(objects & set(stated))
+    return right, sum(fact not in objects for fact in stated), len(objects) - right
 
 # %% ../nbs/01_scenes.ipynb #a4948779
 NEGATIVE_TYPES = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")

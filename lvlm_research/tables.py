@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import root
+from .config import root, write_beside
 from .plotting import MODEL_NAMES
 
 # %% auto #0
-__all__ = ['reported', 'wide', 'group_means', 'apart', 'budgets']
+__all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets']
 
 # %% ../nbs/14a_tables.ipynb #5e8292dd
 def reported(table: str) -> pd.DataFrame:
@@ -46,6 +46,18 @@ def apart(rows: pd.DataFrame, better: str, worse: str, subset: str, metric: str)
     "Does the interval of one model lie wholly above the other's?"
     found = rows[(rows.subset == subset) & (rows.metric == metric)].set_index("model")
     return bool(found.ci_low[better] > found.ci_high[worse])
+
+# %% ../nbs/14a_tables.ipynb #395ec3a0
+def save_measures(
+    folder: Path,
+    name: str,  # of the figure or table that they belong to
+    measures: dict[str, tuple[float, float, float, int]],  # name -> value, both ends of the 95 % interval, number of items
+) -> pd.DataFrame:
+    "Write `measures/<name>.csv`, whole or not at all."
+    table = pd.DataFrame([{"measure": key, "value": value, "ci_low": low, "ci_high": high, "n": n} for key, (value, low, high, n) in measures.items()]).round(6)
+    with write_beside(Path(folder) / "measures" / f"{name}.csv") as part:
+        table.to_csv(part, index=False)
+    return table
 
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
