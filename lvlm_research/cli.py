@@ -22,9 +22,28 @@ def run_reproduce(args: argparse.Namespace) -> None:
     "Regenerate (`reproduce`) or bring up to date (`update`) every figure and table of a profile."
     from lvlm_research.reproduce import run_graph
 
+    if args.check:
+        from lvlm_research.reference import reference_folder
+
+        if args.only:
+            raise InputError("--check compares all rows and claims: leave out --only")
+        reference_folder(args.profile)  # refused before anything runs
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
     folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only)
     print(f"report   {folder / 'report.html'}\nfigures  {folder / 'figures'}\ntables   {folder / 'tables'}\nmanifest {folder / 'manifest.json'}")
+    if args.check:
+        _check(folder, args.profile)
+
+
+def _check(folder: Path, profile: str) -> None:
+    "Print what differs from the committed reference by more than the tolerance; InputError if something does."
+    from lvlm_research.reference import check
+
+    rows, claims = check(folder, profile)
+    for title, table in (("rows that differ by more than both intervals", rows), ("claims with another verdict", claims)):
+        print(f"check    {len(table)} {title}" + (f"\n{table.round(2).to_string(index=False)}" if len(table) else ""))
+    if len(rows):
+        raise InputError(f"{len(rows)} rows do not agree with data/reference/{profile}; they are listed above")
 
 
 def run_one_stage(args: argparse.Namespace) -> None:
@@ -153,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--results", default="", help="folder (default: results/PROFILE)")
         sub.add_argument("--cores", type=int, help="cores to use (default: all)")
         sub.add_argument("--from-scratch", action="store_true", help="retrain the base checkpoints instead of using the committed ones")
+        sub.add_argument("--check", action="store_true", help="then compare rows and claims with the committed reference")
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")

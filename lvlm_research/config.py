@@ -18,8 +18,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside',
-           'write_text', 'sha256', 'write_card', 'git_revision', 'run_identity', 'available_cores', 'set_threads',
-           'method_of']
+           'write_text', 'sha256', 'write_card', 'check_card', 'git_revision', 'run_identity', 'available_cores',
+           'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 @dataclass(frozen=True)
@@ -130,6 +130,16 @@ def write_card(folder: str | Path, **card) -> Path:
     "Write `folder/card.json` with these fields and the sha256 of every weight file; the last thing written into a model folder."
     weights = {p.name: sha256(p) for p in sorted(Path(folder).glob("*.safetensors"))}
     return write_text(Path(folder) / "card.json", json.dumps(card | {"sha256": weights}, indent=1) + "\n")
+
+
+def check_card(folder: str | Path) -> Path:
+    "The folder, if its weights are those of its card; InputError names the file that is missing or was changed. A folder without a card is taken as it is."
+    folder = Path(folder)
+    if (folder / "card.json").is_file():
+        for name, expected in json.loads((folder / "card.json").read_text())["sha256"].items():
+            if not (folder / name).is_file() or sha256(folder / name) != expected:
+                raise InputError(f"{folder / name}: {'differs from' if (folder / name).is_file() else 'is missing, but named in'} its card.json; restore the file (git checkout, or run the stage that wrote it again)")
+    return folder
 
 # %% ../nbs/00_config.ipynb #d44bf3d8
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "seaborn", "papermill", "snakemake")

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import InputError, available_cores, profile_of, root, run_identity, sha256, write_text
+from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'IN_GRAPH', 'INTRO', 'Stage', 'stages', 'stage_of', 'needed_for',
-           'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
+__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'IN_GRAPH', 'RESULTS_VERSION', 'INTRO', 'Stage', 'stages', 'stage_of',
+           'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
            'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current',
            'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
            'report_sections', 'write_report']
@@ -250,16 +250,16 @@ def results_folder(profile: str, results: str = "") -> Path:
 
 
 def artefact(results: Path, name: str, reference: str) -> Path:
-    "An artefact of this run; for a notebook opened alone, the committed reference instead, and it says so."
+    "An artefact of this run; for a notebook opened alone, the committed reference instead, and it says so. The weights of a model must be those of its card."
     if (results / name).exists():
-        return results / name
+        return check_card(results / name)
     if os.environ.get("LVLM_STAGE"):
         raise InputError(f"{results / name}: missing; an earlier stage should have written it")
     path = root() / reference
     if not path.exists():
         raise InputError(f"{results / name}: missing; run `lvlm-research update --profile {_mark(results).get('profile')}` first")
     print(f"{name} is not in {results.name}: reading the committed reference {reference} instead")
-    return path
+    return check_card(path)
 
 # %% ../nbs/15_reproduce.ipynb #5c010c91
 def downstream(stage: Stage, graph: list[Stage]) -> list[Stage]:
@@ -363,6 +363,11 @@ def is_current(stage: Stage, folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     hashes = status.get("reads", {}) | status.get("writes", {})
+    try:
+        for name in stage.writes:
+            check_card((folder / name).parent)
+    except InputError:  # a card is there, the weights that it names are not
+        return False
     return (status.get("state") == "ok" and status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
             and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
 
@@ -419,10 +424,13 @@ def load_rows(results: Path):
     return pd.read_csv(artefact(results, "rows.csv", f"data/reference/{_mark(results).get('profile')}/rows.csv"))
 
 
+RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of before can no longer be compared
+
+
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
     status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
-    return {"profile": profile, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    return {"format": RESULTS_VERSION, "profile": profile, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """

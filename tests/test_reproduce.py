@@ -1,4 +1,5 @@
 "The batch, end to end at the smoke profile in a copy of the repository: what reruns, what does not, and what a failure leaves."
+import html
 import json
 import os
 import shutil
@@ -42,13 +43,17 @@ def edit(path, kind, change):
 
 def test_everything_is_there(clone):
     results = clone / "results" / "smoke"
-    for name in (*(f"tables/tab{i}.{s}" for i in (1, 2, 3, 4, 8, 9) for s in ("csv", "md")), *(f"figures/fig{i}.{s}" for i in (1, 6) for s in ("svg", "png")),
-                 "rows.csv", "report.html", "manifest.json"):
+    for name in (*(f"tables/tab{i}.{s}" for i in (1, 2, 3, 4, 8, 9) for s in ("csv", "md")), *(f"figures/fig{i}.{s}" for i in range(1, 8) for s in ("svg", "png")),
+                 "rows.csv", "claims.csv", "report.html", "manifest.json"):
         assert (results / name).stat().st_size > 0, name
     manifest = json.loads((results / "manifest.json").read_text())
     assert all(s["state"] == "ok" for s in manifest["stages"].values()) and "tab4" in manifest["stages"]
     rows = pd.read_csv(results / "rows.csv")
-    assert {"clip", "negclip", "zero-shot", "soft", "lora", "both", "vladva"} <= set(rows.model)
+    assert {"clip", "negclip", "zero-shot", "e5v", "soft", "lora", "both", "vladva"} <= set(rows.model)
+    claims = pd.read_csv(results / "claims.csv")
+    assert len(claims) >= 12 and claims.name.is_unique and set(claims.verdict) <= {"reproduced", "not reproduced", "undecided"}
+    page = (results / "report.html").read_text()
+    assert "missing:" not in page and all(claim in page for claim in claims.claim.map(html.escape)) and page.count("<svg") == 7
     assert "<script" not in (results / "report.html").read_text() and "http" not in (results / "report.html").read_text().split("</head>")[0]
 
 
@@ -88,9 +93,61 @@ def test_a_failing_notebook_is_kept_with_its_error_and_leaves_nothing_stale(clon
     assert result.returncode == 2 and "on purpose" in result.stdout + result.stderr
     assert json.loads((results / "status/tab2.json").read_text())["state"] == "failed"
     assert "on purpose" in (results / "notebooks/tab2.ipynb").read_text()
-    assert not (results / "tables/tab2.csv").exists() and not (results / "report.html").exists()
+    assert not (results / "tables/tab2.csv").exists() and not (results / "manifest.json").exists()
+    page = (results / "report.html").read_text()
+    assert "missing: " in page and "on purpose" in page and "Table 3" in page  # what failed is said, what did not is shown
     path.write_text(before)
     assert finished(lvlm(clone, "update", "--profile", "smoke")) == ["report", "tab2"]
+
+
+@pytest.mark.parametrize("name,made_again", [("figures/fig5.png", ["claims", "fig5", "report"]), ("models/soft/soft_prompts.safetensors", None), ("claims.csv", ["claims", "report"])])
+def test_what_was_deleted_is_made_again(clone, name, made_again):
+    path = clone / "results" / "smoke" / name
+    before = path.read_bytes()
+    path.unlink()
+    ran = finished(lvlm(clone, "update", "--profile", "smoke"))
+    assert ran == (made_again or ["claims", "evaluate-soft", "report", *(f"tab{i}" for i in (1, 2, 3, 4, 8, 9)), "train-soft"])
+    assert path.read_bytes() == before
+
+
+def test_one_item_alone_runs_just_what_it_needs(clone, tmp_path):
+    assert finished(lvlm(clone, "reproduce", "--profile", "smoke", "--only", "fig5", "--results", str(tmp_path / "one"))) == ["base", "dual-clip", "fig5", "prompts"]
+    assert (tmp_path / "one/figures/fig5.svg").read_bytes() == (clone / "results/smoke/figures/fig5.svg").read_bytes()
+    refused = lvlm(clone, "reproduce", "--profile", "smoke", "--only", "fig99")
+    assert refused.returncode == 2 and "fig99" in refused.stderr and (clone / "results/smoke/report.html").exists()
+
+
+def test_a_run_is_checked_against_the_reference(clone):
+    reference = clone / "data" / "reference" / "smoke"
+    kept = {p: p.read_bytes() for p in reference.rglob("*") if p.is_file()}
+    for name in ("rows.csv", "claims.csv", "manifest.json"):
+        shutil.copy(clone / "results" / "smoke" / name, reference / name)
+    try:
+        assert lvlm(clone, "update", "--profile", "smoke", "--check").returncode == 0
+        rows = pd.read_csv(reference / "rows.csv")
+        rows.loc[3, ["value", "ci_low", "ci_high"]] += 80.0
+        rows.to_csv(reference / "rows.csv", index=False)
+        result = lvlm(clone, "update", "--profile", "smoke", "--check")
+        assert result.returncode == 2 and "1 rows" in result.stderr and rows.model[3] in result.stdout
+        manifest = json.loads((reference / "manifest.json").read_text())
+        (reference / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+        result = lvlm(clone, "update", "--profile", "smoke", "--check")
+        assert result.returncode == 2 and "format 1" in result.stderr
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
+def test_a_changed_checkpoint_is_refused_by_name(clone):
+    weights = clone / "data" / "checkpoints" / "clip-micro" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-8])
+    try:
+        result = lvlm(clone, "update", "--profile", "smoke", "--only", "dual-clip")
+        assert result.returncode == 2 and "clip-micro/model.safetensors: differs from its card.json" in result.stdout + result.stderr
+    finally:
+        weights.write_bytes(before)
+        finished(lvlm(clone, "update", "--profile", "smoke"))
 
 
 def test_a_rerun_gives_byte_equal_rows(clone):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm_research.pretraining import IMAGE_QUESTIONS, TEXT_INSTRUCTIONS
-from lvlm_research.scenes import (HELD_OUT, NEGATIVE_TYPES, SYNONYMS, hard_negative, holds, long_caption, pair_items, paraphrase, render, sample_scenes,
-                                  say, scene_codes, scene_images, short_claim, split_of, stated_facts, true_facts, winoground_items)
+from lvlm_research.scenes import (HELD_OUT, NEGATIVE_TYPES, SYNONYMS, claim_with_negative, hard_negative, holds, long_caption, pair_items, paraphrase, render,
+                                  sample_albums, sample_scenes, say, scene_codes, scene_images, short_claim, split_of, stated_facts, true_facts, winoground_items)
 
 seeds = st.integers(0, 2**32 - 1)
 splits = st.sampled_from(["train", "validation", "test", "novel"])
@@ -163,3 +163,23 @@ def test_rendering_is_a_pure_function_of_the_scene():
     assert np.array_equal(scene_images(scenes, 60)[7], scene_images(scenes[7:8], 60)[0])
     pixels = render(scenes, 64)
     assert pixels.shape == (32, 3, 64, 64) and 0 <= pixels.min() and pixels.max() <= 1
+
+
+@relaxed
+@given(seeds, splits, st.integers(1, 40))
+def test_albums_share_shapes_and_colours_and_stay_in_their_split(seed, split, n):
+    albums = sample_albums(n, np.random.default_rng(seed), split)
+    assert len(albums) == n and set(split_of(albums)) == {split}
+    for start in range(0, n, 8):
+        objects = [o for scene in albums[slice(start, start + 8)] for o in objects_in(scene)]
+        assert len({o["shape"] for o in objects}) <= 2 and len({o["colour"] for o in objects}) <= 2
+
+
+@relaxed
+@given(seeds, splits)
+def test_triplets_for_training_on_texts(seed, split):
+    rng = np.random.default_rng(seed)
+    for scene in sample_albums(3, rng, split):
+        claim, negative = claim_with_negative(scene, rng)
+        assert [caption_is_true(say(c, rng), scene) for c in (claim, paraphrase(claim), negative)] == [True, True, False]
+        assert split == "novel" or not any(m.held_out for m in negative.mentions)
