@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.finished
 
-.PHONY: help setup reproduce update test lock
+.PHONY: help setup reproduce update test reference lock
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ update: setup  ## rerun only what changed
 test: setup  ## everything CI runs: notebooks top to bottom, then the tests
 	$(BIN)/nbdev_test --n_workers 1
 	$(BIN)/python -m pytest tests
+
+reference: setup  ## make the finished run of PROFILE the committed reference, with the outputs of the notebooks and the table of the README
+	$(BIN)/python -c "from lvlm_research.reference import publish; print(publish('results/$(PROFILE)', '$(PROFILE)'))"
+	$(BIN)/nbdev_clean
 
 lock: setup  ## resolve settings.ini anew into requirements.lock (torch stays as pinned there)
 	$(BIN)/python tests/make_lock.py

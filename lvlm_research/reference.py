@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, root
-from .reproduce import RESULTS_VERSION
+from .config import InputError, check_card, root, write_text
+from .reproduce import RESULTS_VERSION, stages
+from .tables import readme_table
 
 # %% auto #0
-__all__ = ['FLOOR', 'reference_folder', 'compare_rows', 'check']
+__all__ = ['FLOOR', 'PUBLISHED', 'ADAPTERS', 'reference_folder', 'compare_rows', 'check', 'publish', 'with_results',
+           'write_readme']
 
 # %% ../nbs/15a_reference.ipynb #7fb319fb
 _KEYS = ["model", "benchmark", "subset", "metric"]
@@ -50,3 +54,72 @@ def check(results: Path, profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     claims = pd.read_csv(reference / "claims.csv").merge(pd.read_csv(results / "claims.csv"), on="name", how="outer", suffixes=(" reference", " new"))
     changed = claims[claims["verdict reference"] != claims["verdict new"]]
     return rows[~rows.agrees], changed[["name", "value reference", "value new", "verdict reference", "verdict new"]]
+
+# %% ../nbs/15a_reference.ipynb #6d9164d5
+PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv")
+ADAPTERS = ("vladva", "e5v")  # that notebooks read when they are opened alone
+
+
+def publish(results: Path, profile: str) -> Path:
+    "Make a finished run the committed reference of its profile; InputError if it is not whole, or ran on code that is in no commit."
+    results = Path(results).resolve()
+    try:
+        revision = json.loads((results / "manifest.json").read_text())["run"]["revision"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{results}: holds no finished run (no readable manifest.json); run `lvlm-research update --profile {profile}` first") from None
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise InputError(f"{results}: was made by revision {revision!r}; a reference needs a clean commit")
+    target = root() / "data" / "reference" / profile
+    shutil.rmtree(target, ignore_errors=True)
+    for pattern in PUBLISHED:
+        for file in sorted(results.glob(pattern)):
+            (target / file.relative_to(results)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file.relative_to(results))
+    if profile == "cpu":
+        for name in ADAPTERS:
+            _publish_adapter(results / "models" / name, root() / "data/checkpoints" / f"{name}-micro")
+        for stage in stages(profile):
+            if sum(s.notebook == stage.notebook for s in stages(profile)) == 1:
+                _publish_outputs(results / "notebooks" / f"{stage.name}.ipynb", root() / "nbs/paper" / f"{stage.notebook}.ipynb")
+        write_readme(target)
+    return target
+
+
+def _publish_adapter(source: Path, target: Path) -> None:
+    "Copy an adapter; its base becomes the committed one, whose weights it was trained on."
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+    for name in ("discriminative.json", "card.json"):
+        write_text(target / name, json.dumps(json.loads((target / name).read_text()) | {"base": "data/checkpoints/llava-micro"}, indent=1) + "\n")
+    check_card(target)
+
+
+def _publish_outputs(executed: Path, notebook: Path) -> None:
+    "Put the outputs of an executed notebook under the same cells of its source; warnings and clocks stay behind."
+    ran, source = (json.loads(path.read_text(encoding="utf-8")) for path in (executed, notebook))
+    outputs = {c["id"]: c["outputs"] for c in ran["cells"] if c["cell_type"] == "code"}
+    for cell in source["cells"]:
+        if cell["cell_type"] == "code":
+            kept = [o for o in outputs.get(cell["id"], []) if o.get("name") != "stderr"]
+            cell["outputs"] = [{k: ({} if k == "metadata" else None if k == "execution_count" else v) for k, v in o.items()} for o in kept]
+    write_text(notebook, json.dumps(source, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+
+# %% ../nbs/15a_reference.ipynb #ff11d42f
+_MARKS = "<!-- results: generated from data/reference/cpu by `make reference` -->", "<!-- end of results -->"
+
+
+def with_results(readme: str, reference: Path) -> str:
+    "The text of a README with the table between its marks made anew."
+    before, _, rest = readme.partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    if not end:
+        raise InputError(f"README.md: the lines {_MARKS[0]!r} and {_MARKS[1]!r} must both be there, in this order")
+    return f"{before}{_MARKS[0]}\n\n{readme_table(reference)}\n{_MARKS[1]}{after}"
+
+
+def write_readme(reference: Path) -> Path:
+    "Refresh the table in the repository's README."
+    readme = root() / "README.md"
+    return write_text(readme, with_results(readme.read_text(encoding="utf-8"), reference))

@@ -14,7 +14,7 @@ from .config import root, write_beside
 from .plotting import MODEL_NAMES
 
 # %% auto #0
-__all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets']
+__all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets', 'readme_table']
 
 # %% ../nbs/14a_tables.ipynb #5e8292dd
 def reported(table: str) -> pd.DataFrame:
@@ -71,3 +71,24 @@ def budgets(results: Path) -> pd.DataFrame:
             origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes, tower of CLIP)")
             cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
     return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
+
+# %% ../nbs/14a_tables.ipynb #47d76be2
+def readme_table(reference: Path) -> str:
+    "Markdown of the main table, from the rows, table 4 and the manifest of a run."
+    rows, manifest = pd.read_csv(reference / "rows.csv"), json.loads((reference / "manifest.json").read_text())
+    cost = pd.read_csv(reference / "tables" / "tab4.csv").set_index("model")
+    shown = {"t2i R@1": ("in domain", "t2i R@1"), "i2t R@1": ("in domain", "i2t R@1"), **{g: (g, "mean accuracy") for g in ("replace", "swap", "add")}}
+    lines = ["| model | " + " | ".join(shown) + " | pairs seen | trained | minutes | tolerance | made by |", "|" + "---|" * (len(shown) + 6)]
+    for model in (m for m in MODEL_NAMES if m in set(rows.model) and not m.startswith("blind")):
+        found = rows[rows.model == model].set_index(["subset", "metric"])
+        half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
+        cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
+        stage = {"clip": "dual-clip", "negclip": "dual-negclip", "zero-shot": "base"}.get(model, f"train-{model}")
+        pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
+        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
+                     f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`lvlm-research stage {stage} --profile {manifest['profile']}`"]) + " |")
+    run = manifest["run"]
+    minutes = sum(s["seconds"] for s in manifest["stages"].values()) / 60
+    lines += ["", f"Percent, ± half of the 95 % interval over test items; one seed. Profile {manifest['profile']}, revision {run['revision'][:7]}, {run['cores']} cores ({run['machine']}), torch {run['versions']['torch']}; "
+              f"the stages take {minutes:.0f} minutes together, trainings on one core each. CLIP and the base come with the repository; the minutes of CLIP are those of its own training."]
+    return "\n".join(lines) + "\n"

@@ -8,12 +8,15 @@ from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
 from conftest import ROOT
+from lvlm_research.claims import Evidence, judge
 from lvlm_research.config import sha256
+from lvlm_research.reference import check, reference_folder, with_results
 from lvlm_research.reproduce import declared_parameters, stages
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -83,6 +86,18 @@ def test_requirements_lock_and_environment_agree():
 def test_committed_weights_are_those_of_their_card(card):
     weights = json.loads(card.read_text())["sha256"]
     assert weights == {p.name: sha256(p) for p in card.parent.glob("*.safetensors")} and weights
+
+
+def test_the_table_of_the_readme_is_that_of_the_reference():
+    readme = (ROOT / "README.md").read_text()
+    assert with_results(readme, ROOT / "data/reference/cpu") == readme
+
+
+def test_the_reference_is_whole_and_of_this_version():
+    folder = reference_folder("cpu")
+    rows, claims = check(folder, "cpu")
+    assert len(rows) == 0 and len(claims) == 0
+    assert judge(Evidence(folder)).verdict.tolist() == pd.read_csv(folder / "claims.csv").verdict.tolist()  # claims follow from the items beside them
 
 
 def test_the_installed_versions_are_the_locked_ones():
