@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .backbones import quiet_loading, trunk_states
+from .backbones import Qwen2VLPictureProcessor, quiet_loading, trunk_states
 from .config import InputError, find_model, method_of
 from .losses import next_token_loss
 from .prompts import SUMMARY, Prompt, SoftPrompts
@@ -327,7 +327,8 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[n
     quiet_loading()
     folder = find_model(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return model, AutoProcessor.from_pretrained(folder, backend="pil")
+    made_by = Qwen2VLPictureProcessor if model.config.model_type == "qwen2_vl" else AutoProcessor  # published folders name the class that reads videos
+    return model, made_by.from_pretrained(folder, backend="pil")
 
 
 @method_of(DiscriminativeLVLM)
