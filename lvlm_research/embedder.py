@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .backbones import quiet_loading
+from .backbones import Qwen2VLPictureProcessor, quiet_loading, trunk_states
 from .config import InputError, find_model, method_of
 from .losses import next_token_loss
 from .prompts import SUMMARY, Prompt, SoftPrompts
@@ -106,12 +106,11 @@ class Templates:
 
     def image(self, images: list, captions: list[str] | None = None, side: str = "right") -> Sequences:
         "Image sequences: picture, image prompt, then the long caption where there is one."
-        made = dict(self.processor(images=images, text=[self.image_text] * len(images), return_tensors="pt", padding=True))
-        ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
-        prompts = [row[keep].tolist() for row, keep in zip(ids, mask)]
-        made.pop("token_type_ids", None)
+        made = self.processor(images=images, text=[self.image_text] * len(images), return_tensors="pt", padding=True)
+        prompts = [row[keep].tolist() for row, keep in zip(made["input_ids"], made["attention_mask"].bool())]
+        vision = {name: made[name] for name in self.processor.image_processor.model_input_names}  # what it says per token is out of date below
         continuation = [self.continuation(c) if c else [] for c in captions or [""] * len(images)]
-        return collate(prompts, continuation, self.tokenizer.pad_token_id, made, side)
+        return collate(prompts, continuation, self.tokenizer.pad_token_id, vision, side)
 
     def continuation(self, caption: str) -> list[int]:
         "Token ids of an answer after the image prompt, end token included."
@@ -184,22 +183,7 @@ def forward(self, batch: Sequences, modality: str) -> torch.Tensor:
     embeddings = self.model.get_input_embeddings()(batch.input_ids)
     if self.soft_prompts is not None:
         embeddings = self.soft_prompts.place(embeddings, batch.last, modality)
-    if batch.vision:
-        features = torch.cat(list(self._image_features(batch.vision))).to(embeddings.dtype)
-        at_image = (batch.input_ids == self.model.config.image_token_id)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(at_image, features)
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-    padded_left = not bool(batch.attention_mask[:, 0].all())
-    mask = batch.attention_mask if padded_left else None  # right padding lies in the causal future of every real token
-    return self.model.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-
-
-@method_of(DiscriminativeLVLM)
-@torch.no_grad()
-def _image_features(self, vision: dict[str, torch.Tensor]):
-    "Projected patch features per image; tower and projector are frozen."
-    vision = vision | {"pixel_values": vision["pixel_values"].to(self.model.dtype)}
-    return self.model.model.get_image_features(**vision).pooler_output
+    return trunk_states(self.model, embeddings, batch.input_ids, batch.attention_mask, batch.vision)
 
 
 @method_of(DiscriminativeLVLM)
@@ -301,7 +285,7 @@ def text_log_likelihood(self, texts: list[str], question: str = "describe the pi
     def encode(batch: list[str]) -> torch.Tensor:
         rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
         embeddings = self.model.get_input_embeddings()(rows.input_ids)
-        states = self.model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        states = trunk_states(self.model, embeddings, rows.input_ids, rows.attention_mask, rows.vision)
         labels = rows.labels[:, 1:]
         keep = labels != -100  # the head runs only where something is predicted
         loss = torch.zeros(labels.shape, device=labels.device)
@@ -343,7 +327,8 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[n
     quiet_loading()
     folder = find_model(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return model, AutoProcessor.from_pretrained(folder, backend="pil")
+    made_by = Qwen2VLPictureProcessor if model.config.model_type == "qwen2_vl" else AutoProcessor  # published folders name the class that reads videos
+    return model, made_by.from_pretrained(folder, backend="pil")
 
 
 @method_of(DiscriminativeLVLM)

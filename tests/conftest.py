@@ -19,21 +19,36 @@ def real_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session", params=["llava", "qwen2-vl"])
+def base_folder(request, tmp_path_factory) -> Path:
+    "A base LVLM of each family: the committed LLaVA, and a Qwen2-VL with random weights, which every property of the method must survive too."
+    if request.param == "llava":
+        return CHECKPOINTS / "llava-micro"
+    import torch
+    from lvlm_research.backbones import micro_qwen2vl, world_tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen2-vl")
+    torch.manual_seed(0)
+    for part in micro_qwen2vl(world_tokenizer()):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def base():
-    "The committed base LVLM as a zero-shot embedder."
+def base(base_folder):
+    "The base LVLM as a zero-shot embedder."
     from lvlm_research.embedder import DiscriminativeLVLM
 
-    return DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro")
+    return DiscriminativeLVLM.from_pretrained(base_folder)
 
 
 @pytest.fixture
-def trainable():
+def trainable(base_folder):
     "A fresh copy of the base with everything that VladVA trains."
     from lvlm_research.embedder import DiscriminativeLVLM
     from lvlm_research.training import VARIANTS, prepare
 
-    return prepare(DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro"), VARIANTS["vladva"])
+    return prepare(DiscriminativeLVLM.from_pretrained(base_folder), VARIANTS["vladva"])
 
 
 def run(*argv: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
