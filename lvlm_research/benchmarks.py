@@ -16,13 +16,13 @@ from datasets import Dataset
 from .config import InputError, Profile
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
-from .scenes import (NEGATIVE_TYPES, Scenes, concatenate, holds, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
+from .scenes import (NEGATIVE_TYPES, Scenes, all_novel, concatenate, holds, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, VALUES)
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs', 'scene_pairs_benchmark', 'blind_scores',
-           'Winoground', 'scene_winoground', 'Classification', 'class_texts', 'scene_classification', 'scene_suite',
-           'SharedRetrieval', 'folder_suite']
+__all__ = ['DOMAINS', 'TEMPLATES', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs', 'scene_pairs_benchmark',
+           'blind_scores', 'Winoground', 'scene_winoground', 'Classification', 'class_texts', 'scene_classification',
+           'scene_suite', 'SharedRetrieval', 'folder_suite']
 
 # %% ../nbs/04_benchmarks.ipynb #0067d5d1
 @dataclass(frozen=True)
@@ -74,11 +74,29 @@ def _captions_unique_in(scenes: Scenes, index: int, number: int, rng: np.random.
     return None
 
 
-def scene_retrieval(images: int, captions: int, image_size: int, rng: np.random.Generator, split: str = "test", subset: str = "in domain") -> Retrieval:
+DOMAINS = ("in", "near", "out")  # none, some or all of a scene's objects are held-out combinations, after nocaps (Agrawal et al., 2019)
+
+
+def _gallery_scenes(number: int, rng: np.random.Generator, split: str, domain: str) -> Scenes:
+    "Different scenes of two or three objects, in albums; `out` has only novel objects (too few kinds of them for albums), `near` some."
+    pool = sample_albums(2 * number, rng, split, counts=(2, 2, 3)) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=(2, 2, 3)))
+    if domain == "near":
+        pool = pool[np.flatnonzero(novel_objects(pool) < pool.present.sum(1))]
+    first = np.unique(scene_codes(pool), return_index=True)[1]
+    return pool[rng.permutation(first)[:number]]
+
+
+def scene_retrieval(
+    images: int,  # size of the gallery
+    captions: int,  # per picture
+    image_size: int,
+    rng: np.random.Generator,
+    split: str = "test",
+    subset: str = "in domain",  # name of the gallery
+    domain: str = "",  # near or out, for a novel split
+) -> Retrieval:
     "A gallery of scenes, in albums, with several identifying captions each."
-    pool = sample_albums(2 * images, rng, split, counts=(2, 2, 3))
-    pool = pool[np.unique(scene_codes(pool), return_index=True)[1]]
-    pool = pool[rng.permutation(len(pool))[: int(1.3 * images)]]
+    pool = _gallery_scenes(2 * images, rng, split, domain)
     texts = {i: t for i in range(len(pool)) if (t := _captions_unique_in(pool, i, captions, rng)) is not None}
     kept = list(texts)[:images]
     if len(kept) < images:
@@ -190,10 +208,11 @@ def scene_classification(images: int, image_size: int, rng: np.random.Generator)
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f
 def scene_suite(profile: Profile, image_size: int, seed: int = 2024) -> list[Benchmark]:
     "All synthetic benchmarks at the sizes of a profile. Test scenes only; each benchmark has its own random stream."
-    rngs = iter(np.random.default_rng(seed).spawn(4 + len(NEGATIVE_TYPES)))
-    n = profile.retrieval_images
-    return [scene_retrieval(n, profile.captions_per_image, image_size, next(rngs)),
-            scene_retrieval(n // 2, profile.captions_per_image, image_size, next(rngs), "novel", "novel combinations"),
+    rngs = iter(np.random.default_rng(seed).spawn(7 + len(NEGATIVE_TYPES)))
+    n, captions = profile.retrieval_images, profile.captions_per_image
+    return [scene_retrieval(n, captions, image_size, next(rngs)),
+            scene_retrieval(3 * n, captions, image_size, next(rngs), subset="larger gallery"),
+            *(scene_retrieval(n // 5, captions, image_size, next(rngs), "test" if d == "in" else "novel", f"novel: {d}", d) for d in DOMAINS),
             scene_winoground(profile.items, image_size, next(rngs)),
             scene_classification(profile.class_images, image_size, next(rngs)),
             *(scene_pairs_benchmark(kind, profile.items, image_size, next(rngs)) for kind in NEGATIVE_TYPES)]

@@ -147,7 +147,7 @@ def tidy_rows(
 ) -> pd.DataFrame:
     "One row per metric, with its interval."
     rows = [_row(score, name, draws, **run) for name, found in scores.items() for score in found]
-    return pd.DataFrame(rows + _group_rows(scores.get("sugarcrepe", []), draws, **run))
+    return pd.DataFrame(rows + _group_rows(scores, draws, **run))
 
 
 def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, progress: bool = False, **run: str) -> pd.DataFrame:
@@ -155,15 +155,18 @@ def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, prog
     return tidy_rows(score_suite(embedder, suite, progress), draws, **run)
 
 
-def _group_rows(scores: list[Score], draws: int, **run: str) -> list[dict]:
-    "Replace, swap and add: the mean over the categories of each, as in the paper's table 4, with a stratified interval."
+def _group_rows(scores: Scores, draws: int, **run: str) -> list[dict]:
+    "Means over categories of equal weight, with a stratified interval: replace, swap and add as in the paper's table 4, and the domains of novel combinations as in nocaps."
+    grouped = [("sugarcrepe", group, "mean accuracy", [s for s in scores.get("sugarcrepe", []) if s.metric == "accuracy" and s.subset.startswith(group)])
+               for group in ("replace", "swap", "add")]
+    domains = [s for s in scores.get("retrieval", []) if s.subset.startswith("novel: ")]
+    grouped += [("retrieval", "novel combinations", metric, [s for s in domains if s.metric == metric]) for metric in dict.fromkeys(s.metric for s in domains)]
     rows = []
-    for group in ("replace", "swap", "add"):
-        parts = [s for s in scores if s.metric == "accuracy" and s.subset.startswith(group)]
+    for benchmark, group, metric, parts in grouped:
         if parts:
             values = [s.values for s in parts]
-            interval = mean_of_means_interval(values, draws)
-            rows.append(_percent_row(run, "sugarcrepe", group, "mean accuracy", np.mean([v.mean() for v in values]), sum(map(len, values)), interval, parts[0].chance))
+            interval = mean_of_means_interval(values, [s.groups for s in parts], draws)
+            rows.append(_percent_row(run, benchmark, group, metric, np.mean([v.mean() for v in values]), sum(map(len, values)), interval, np.mean([s.chance for s in parts])))
     return rows
 
 

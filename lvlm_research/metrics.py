@@ -10,7 +10,7 @@ import torch
 
 # %% auto #0
 __all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
-           'topk_hits', 'bootstrap_interval', 'mean_of_means_interval', 'paired_difference', 'rank_correlation']
+           'topk_hits', 'bootstrap_interval', 'paired_difference', 'mean_of_means_interval', 'rank_correlation']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -112,18 +112,6 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     return tuple(float(q) for q in np.quantile(means, (tail, 1 - tail)))
 
-# %% ../nbs/11_metrics.ipynb #5f89d4ff
-def mean_of_means_interval(
-    parts: list[np.ndarray],  # per-item scores of each category
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    "Interval of the mean over categories of their means (stratified bootstrap)."
-    rng = np.random.default_rng(seed)
-    means = np.mean([[part[rng.integers(0, len(part), len(part))].mean() for part in parts] for _ in range(draws)], axis=1)
-    return tuple(float(q) for q in np.quantile(means, ((1 - level) / 2, (1 + level) / 2)))
-
 # %% ../nbs/11_metrics.ipynb #9165413c
 def paired_difference(
     first: list[np.ndarray],  # per-item scores of one model, one array a category
@@ -142,6 +130,16 @@ def paired_difference(
     means = np.mean(columns, axis=0)
     low, high = np.quantile(means[1:], (0.025, 0.975))
     return float(means[0]), float(low), float(high)
+
+# %% ../nbs/11_metrics.ipynb #5f89d4ff
+def mean_of_means_interval(
+    parts: list[np.ndarray],  # per-item scores of each category
+    groups: list[np.ndarray | None] | None = None,  # per category, the group of each item
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    "95 % interval of the mean over categories of their means (stratified bootstrap)."
+    return paired_difference(parts, [np.zeros(len(part)) for part in parts], groups, draws, seed)[1:]
 
 # %% ../nbs/11_metrics.ipynb #d7627711
 def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:

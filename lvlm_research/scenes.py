@@ -16,10 +16,10 @@ import torch
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'PLACES', 'RELATIONS', 'NUMBERS', 'VALUES', 'SYNONYMS',
            'INVERSE', 'HELD_OUT', 'COUNTS', 'NEGATIVE_TYPES', 'Scenes', 'concatenate', 'scene_codes', 'split_of',
-           'sample_scenes', 'sample_albums', 'render', 'scene_images', 'Mention', 'Claim', 'matches', 'related',
-           'holds', 'mention_of', 'true_relations', 'short_claim', 'article', 'plural', 'phrase', 'say', 'paraphrase',
-           'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'fact_counts', 'hard_negative',
-           'claim_with_negative', 'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items',
+           'all_novel', 'novel_objects', 'sample_scenes', 'sample_albums', 'render', 'scene_images', 'Mention', 'Claim',
+           'matches', 'related', 'holds', 'mention_of', 'true_relations', 'short_claim', 'article', 'plural', 'phrase',
+           'say', 'paraphrase', 'long_caption', 'short_caption', 'stated_facts', 'true_facts', 'fact_counts',
+           'hard_negative', 'claim_with_negative', 'PairItem', 'pair_items', 'WinogroundItem', 'winoground_items',
            'single_object_classes']
 
 # %% ../nbs/01_scenes.ipynb #56d71a78
@@ -101,8 +101,18 @@ def split_of(scenes: Scenes) -> np.ndarray:
     "Name of the split each scene belongs to: train (90 %), validation, test (5 % each), or novel (holds a held-out combination)."
     bucket = _hash64(scene_codes(scenes)) % np.uint64(20)
     names = np.select([bucket == 0, bucket == 1], ["validation", "test"], "train").astype(object)
-    names[(scenes.present & _HELD_OUT[scenes.shape, scenes.colour]).any(1)] = "novel"
+    names[novel_objects(scenes) > 0] = "novel"
     return names
+
+
+def all_novel(scenes: Scenes) -> Scenes:
+    "The same scenes with the colour of every object changed to the one that its shape never has in training."
+    return replace(scenes, colour=np.where(scenes.present, _HELD_OUT.argmax(1)[scenes.shape], -1).astype(np.int8))
+
+
+def novel_objects(scenes: Scenes) -> np.ndarray:
+    "`(N,)`: how many objects of each scene are held-out combinations."
+    return (scenes.present & _HELD_OUT[scenes.shape, scenes.colour]).sum(1)
 
 # %% ../nbs/01_scenes.ipynb #104e52f9
 COUNTS = (1, 2, 2, 2, 2, 2, 2, 3, 3, 3)  # numbers of objects that scenes are drawn with; repeats are weights
