@@ -79,7 +79,7 @@ DOMAINS = ("in", "near", "out")  # none, some or all of a scene's objects are he
 
 def _gallery_scenes(number: int, rng: np.random.Generator, split: str, domain: str) -> Scenes:
     "Different scenes of two or three objects, in albums; `out` has only novel objects (too few kinds of them for albums), `near` some."
-    pool = sample_albums(2 * number, rng, split, counts=(2, 2, 3)) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=(2, 2, 3)))
+    pool = sample_albums(2 * number, rng, split, counts=(2, 2, 3)) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=(2, 3, 3)))
     if domain == "near":
         pool = pool[np.flatnonzero(novel_objects(pool) < pool.present.sum(1))]
     first = np.unique(scene_codes(pool), return_index=True)[1]
