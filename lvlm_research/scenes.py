@@ -607,18 +607,25 @@ def winoground_items(n: int, rng: np.random.Generator, split: str = "test") -> l
     "`n` pairs of scenes and captions, half of them with objects and half with attributes exchanged."
     items = []
     while len(items) < n:
-        scene = sample_scenes(1, rng, split, counts=(2, 3))
-        a, b = _cells(scene, rng)[:2]
-        tag = ("Object", "Attribute")[len(items) % 2]
-        other = _exchange(scene, a, b, tuple(VALUES) if tag == "Object" else ("colour",))
-        first = Claim(tuple(mention_of(scene, c, rng, 0.0) for c in (a, b)), true_relations(a, b)[0])
-        mentions = first.mentions[::-1] if tag == "Object" else tuple(mention_of(other, c, rng, 0.0) for c in (a, b))
-        second = replace(first, mentions=mentions)
-        both = concatenate([scene, other])
-        if (split_of(both) == split).all() and np.array_equal([holds(c, both) for c in (first, second)], np.eye(2, dtype=bool)):
-            style = int(rng.integers(2**32))
-            items.append(WinogroundItem(both, tuple(say(c, np.random.default_rng(style)) for c in (first, second)), tag))
+        for scene in sample_scenes(n, rng, split, counts=(2, 3)):
+            item = _winoground_item(scene, ("Object", "Attribute")[len(items) % 2], rng, split)
+            if item is not None and len(items) < n:
+                items.append(item)
     return items
+
+
+def _winoground_item(scene: Scenes, tag: str, rng: np.random.Generator, split: str) -> WinogroundItem | None:
+    "The scene and its exchange, or None where a caption holds of both or the other scene is of another split."
+    a, b = _cells(scene, rng)[:2]
+    other = _exchange(scene, a, b, tuple(VALUES) if tag == "Object" else ("colour",))
+    first = Claim(tuple(mention_of(scene, c, rng, 0.0) for c in (a, b)), true_relations(a, b)[0])
+    mentions = first.mentions[::-1] if tag == "Object" else tuple(mention_of(other, c, rng, 0.0) for c in (a, b))
+    second = replace(first, mentions=mentions)
+    both = concatenate([scene, other])
+    if not ((split_of(both) == split).all() and np.array_equal([holds(c, both) for c in (first, second)], np.eye(2, dtype=bool))):
+        return None
+    style = int(rng.integers(2**32))
+    return WinogroundItem(both, tuple(say(c, np.random.default_rng(style)) for c in (first, second)), tag)
 
 # %% ../nbs/01_scenes.ipynb #e6d16db5
 def single_object_classes() -> list[Mention]:
