@@ -6,24 +6,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from .config import InputError, Profile
+from .config import InputError, Profile, write_beside
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
 from .scenes import (COLOURS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, VALUES)
 
 # %% auto #0
-__all__ = ['DOMAINS', 'TEMPLATES', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs', 'scene_pairs_benchmark',
-           'blind_scores', 'Winoground', 'scene_winoground', 'Classification', 'class_texts', 'scene_classification',
-           'scene_suite', 'SharedRetrieval', 'folder_suite']
+__all__ = ['DOMAINS', 'TEMPLATES', 'SUITE_SEED', 'Score', 'Benchmark', 'Retrieval', 'scene_retrieval', 'Pairs',
+           'scene_pairs_benchmark', 'blind_scores', 'Winoground', 'scene_winoground', 'Classification', 'class_texts',
+           'scene_classification', 'scene_suite', 'save_suite', 'load_suite', 'SharedRetrieval', 'folder_suite']
 
 # %% ../nbs/04_benchmarks.ipynb #0067d5d1
 @dataclass(frozen=True)
@@ -210,7 +212,10 @@ def scene_classification(images: int, image_size: int, rng: np.random.Generator)
     return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES))
 
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f
-def scene_suite(profile: Profile, image_size: int, seed: int = 2024) -> list[Benchmark]:
+SUITE_SEED = 2024  # of all test items
+
+
+def scene_suite(profile: Profile, image_size: int, seed: int = SUITE_SEED) -> list[Benchmark]:
     "All synthetic benchmarks at the sizes of a profile. Test scenes only; each benchmark has its own random stream."
     rngs = iter(np.random.default_rng(seed).spawn(7 + len(NEGATIVE_TYPES)))
     n, captions = profile.retrieval_images, profile.captions_per_image
@@ -220,6 +225,32 @@ def scene_suite(profile: Profile, image_size: int, seed: int = 2024) -> list[Ben
             scene_winoground(profile.items, image_size, next(rngs)),
             scene_classification(profile.class_images, image_size, next(rngs)),
             *(scene_pairs_benchmark(kind, profile.items, image_size, next(rngs)) for kind in NEGATIVE_TYPES)]
+
+# %% ../nbs/04_benchmarks.ipynb #3d7cc122
+_KINDS = {c.__name__: c for c in (Retrieval, Pairs, Winoground, Classification)}
+
+
+def save_suite(suite: list[Benchmark], file: str | Path) -> Path:
+    "Write benchmarks on scenes (uint8 pictures of one size) as a compressed npz."
+    arrays, described = {}, []
+    for number, bench in enumerate(suite):
+        values = {f.name: getattr(bench, f.name) for f in fields(bench)}
+        arrays |= {f"{number}/{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
+        arrays[f"{number}/images"] = np.stack(values.pop("images"))
+        described.append({"kind": type(bench).__name__} | {name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
+    with write_beside(file) as part:
+        np.savez_compressed(part, described=np.array(json.dumps(described)), **arrays)
+    return Path(file)
+
+
+def load_suite(file: str | Path) -> list[Benchmark]:
+    "Read what `save_suite` wrote."
+    with np.load(file) as arrays:
+        suite = []
+        for number, values in enumerate(json.loads(str(arrays["described"]))):
+            kept = {name.split("/")[1]: arrays[name] for name in arrays if name.startswith(f"{number}/")}
+            suite.append(_KINDS[values.pop("kind")](**values | kept | {"images": list(kept["images"])}))
+    return suite
 
 # %% ../nbs/04_benchmarks.ipynb #b47d8bc0
 @dataclass

@@ -25,11 +25,11 @@ from filelock import FileLock, Timeout
 from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'IN_GRAPH', 'RESULTS_VERSION', 'INTRO', 'Stage', 'stages', 'stage_of',
-           'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
-           'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current',
-           'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
-           'report_sections', 'write_report']
+__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH', 'RESULTS_VERSION', 'INTRO', 'Stage', 'stages',
+           'stage_of', 'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure',
+           'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive',
+           'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html',
+           'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in EVALUATED), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
     return [
         *models,
-        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT), (f"rows/{m}.csv", f"items/{m}.npz")) for m in EVALUATED),
-        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"), BEST_PROMPT), ("rows/blind.csv",)),
+        Stage("benchmarks", "31_benchmarks", {}, (), (SUITE,), priority=7),
+        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in EVALUATED),
+        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"), BEST_PROMPT, SUITE), ("rows/blind.csv",)),
         Stage("captions", "41_captions", {}, tuple(_model_file(m) for m in ("zero-shot", "e5v", "vladva")), ("captions/captions.csv",), priority=1),
         *items,
         claims,
@@ -92,7 +93,7 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     ]
 
 
-BEST_PROMPT = "prompts/best.json"
+BEST_PROMPT, SUITE = "prompts/best.json", "benchmarks/suite.npz"
 
 
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
