@@ -21,11 +21,11 @@ from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELA
                                   say, short_caption, short_claim, stated_facts, true_facts, true_relations)
 
 # %% auto #0
-__all__ = ['IMAGE_QUESTIONS', 'CURRICULUM', 'TEXT_INSTRUCTIONS', 'Turn', 'ask_place', 'ask_where', 'ask_half', 'ask_attribute',
-           'ask_colour', 'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence', 'ask_truth',
-           'ask_summary', 'ask_brief', 'ask_detail', 'mixture_at', 'read_summary', 'read_paraphrase', 'read_meaning',
-           'read_attribute', 'read_long', 'Conversations', 'picture_tokens', 'conversations', 'pretraining_batches',
-           'Alignment', 'Pretraining', 'answer_accuracy', 'caption_facts']
+__all__ = ['IMAGE_QUESTIONS', 'CURRICULUM', 'TEXT_INSTRUCTIONS', 'CROWDED', 'Turn', 'ask_place', 'ask_where', 'ask_half',
+           'ask_attribute', 'ask_colour', 'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence',
+           'ask_truth', 'ask_summary', 'ask_brief', 'ask_detail', 'mixture_at', 'read_summary', 'read_paraphrase',
+           'read_meaning', 'read_attribute', 'read_long', 'Conversations', 'picture_tokens', 'conversations',
+           'pretraining_batches', 'Alignment', 'Pretraining', 'answer_accuracy', 'caption_facts']
 
 # %% ../nbs/10_pretraining.ipynb #7f0eb68a
 @dataclass(frozen=True)
@@ -313,6 +313,9 @@ def conversations(
     return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100), kinds
 
 # %% ../nbs/10_pretraining.ipynb #3be4c885
+CROWDED = (1, 2, 2, 3, 3, 3, 4, 4)  # numbers of objects: an empty quarter answers "nothing", and teaches as much
+
+
 def pretraining_batches(
     tokenizer,
     picture: list[int],  # its tokens, see `picture_tokens`
@@ -323,14 +326,14 @@ def pretraining_batches(
     steps: int = 0,  # length of the training, for the curriculum; 0 for everything from the start
     split: str = "train",
 ) -> Callable[[], Iterator[Conversations]]:
-    "A stream of conversations about fresh scenes."
+    "A stream of conversations about fresh scenes, more crowded ones than captions are written for."
 
     def make() -> Iterator[Conversations]:
         rng, index = np.random.default_rng(seed), 0
         while True:
             index += 1
             text = text_every and index % text_every == 0
-            scenes = sample_scenes(batch_size, rng, split)
+            scenes = sample_scenes(batch_size, rng, split, CROWDED)
             mixture = TEXT_INSTRUCTIONS if text else mixture_at((index - 1) / steps) if steps else IMAGE_QUESTIONS
             number = 4 if text else 9 if ask_detail in mixture else 14  # at least what fits into the budget
             rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
