@@ -56,7 +56,7 @@ def check(results: Path, profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows[~rows.agrees], changed[["name", "value reference", "value new", "verdict reference", "verdict new"]]
 
 # %% ../nbs/15a_reference.ipynb #6d9164d5
-PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv")
+PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv", "models/base/facts.json")
 ADAPTERS = ("vladva", "e5v")  # that notebooks read when they are opened alone
 
 
