@@ -138,16 +138,15 @@ def test_a_run_is_checked_against_the_reference(clone):
         shutil.rmtree(reference)
 
 
-def test_a_changed_checkpoint_is_refused_by_name(clone):
+def test_a_changed_checkpoint_is_refused_by_name(clone, tmp_path):
     weights = clone / "data" / "checkpoints" / "clip-micro" / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-8])
     try:
-        result = lvlm(clone, "update", "--profile", "smoke", "--only", "dual-clip")
+        result = lvlm(clone, "update", "--profile", "smoke", "--only", "dual-clip", "--results", str(tmp_path / "new"))
         assert result.returncode == 2 and "clip-micro/model.safetensors: differs from its card.json" in result.stdout + result.stderr
     finally:
         weights.write_bytes(before)
-        finished(lvlm(clone, "update", "--profile", "smoke"))
 
 
 def test_a_rerun_gives_byte_equal_rows(clone):
