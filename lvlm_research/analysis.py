@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .embedder import DiscriminativeLVLM, in_batches
-from .metrics import bootstrap_interval
+from .losses import token_losses
 from .prompts import Prompt
 
 # %% auto #0
@@ -120,9 +120,7 @@ def caption_nll(embedder: DiscriminativeLVLM, images: list, captions: list[str],
     losses = []
     for start in range(0, len(images), batch_size):
         batch = asker.templates.image(images[start : start + batch_size], captions[start : start + batch_size]).to(asker.device)
-        labels, states = batch.labels[:, 1:], asker(batch, "image")[:, :-1]
-        keep = labels != -100
-        loss = torch.zeros(labels.shape, device=labels.device)
-        loss[keep] = F.cross_entropy(asker.model.lm_head(states[keep]).float(), labels[keep], reduction="none")
-        losses.append((loss.sum(1) / keep.sum(1)).cpu())
+        found, row = token_losses(asker(batch, "image"), batch.labels, asker.model.lm_head)
+        total, tokens = (found.new_zeros(len(batch.labels)).index_add(0, row, x) for x in (found, torch.ones_like(found)))
+        losses.append((total / tokens).cpu())
     return torch.cat(losses).numpy()

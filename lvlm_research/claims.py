@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import load_scores
-from .metrics import paired_difference
+from .metrics import bootstrap_mean
 from .scenes import NEGATIVE_TYPES
 
 # %% auto #0
@@ -46,7 +46,7 @@ class Evidence:
         "Weighted sum of models' scores, mean over benchmarks `keys`, in percentage points, paired over items."
         total = [sum(w * self.scores[model][key][0] for model, w in weights.items()) for key in keys]
         groups = [self.scores[next(iter(weights))][key][1] for key in keys]
-        value, low, high = paired_difference(total, [np.zeros(len(t)) for t in total], groups, self.draws)
+        value, low, high = bootstrap_mean(total, groups, self.draws)
         return 100 * value, 100 * low, 100 * high, sum(map(len, total))
 
     def measure(self, item: str, name: str) -> Estimate:
@@ -96,7 +96,7 @@ STATEMENTS = (
     Statement("AR costs text retrieval", "It costs a little text retrieval.", "i2t R@1, (soft prompt + LoRA) - VladVA", lambda e: e.contrast({"both": 1, "vladva": -1}, RECALL[1:]),
               note="The paper's own difference is one point."),
     Statement("soft prompt recovers most", "A soft prompt alone recovers most of the gain.", "R@1, gain of soft prompt - half the gain of soft prompt + LoRA",
-              lambda e: e.contrast({"soft": 1, "both": -0.5, "zero-shot": -0.5}, RECALL), note="Prompts of a few tokens; the base is five orders of magnitude smaller than the paper's."),
+              lambda e: e.contrast({"soft": 1, "both": -0.5, "zero-shot": -0.5}, RECALL), note="Prompts of a few tokens; the base has 2 million parameters, the paper's 7 billion."),
     Statement("both above LoRA", "Soft prompt and LoRA together are best.", "R@1, (soft prompt + LoRA) - LoRA", lambda e: e.contrast({"both": 1, "lora": -1}, RECALL), note="Equal pairs and steps."),
     Statement("long captions are too easy", "Contrast on long captions is solved at once and teaches little.", "contrastive loss, long / short captions, last third of the steps of the former",
               lambda e: e.loss_ratio("long", "both"), threshold=0.2, above=False, note="Same model, same scenes, same steps; 0.2 is our reading of 'goes to zero'."),

@@ -48,9 +48,9 @@ def _check(folder: Path, profile: str) -> None:
 
 def run_one_stage(args: argparse.Namespace) -> None:
     "Run one stage of the graph (what Snakemake calls)."
-    from lvlm_research.reproduce import IN_GRAPH, Stage, exclusive, results_folder, run_stage, stage_of
+    from lvlm_research.reproduce import IN_GRAPH, Stage, exclusive, results_folder, run_stage, stage_of, stages
 
-    stage = stage_of(args.name, args.profile, args.from_scratch)
+    stage = stage_of(args.name, stages(args.profile, args.from_scratch))
     extra = dict(_parameter(p) for p in args.parameter)
     stage = Stage(**{**vars(stage), "parameters": stage.parameters | extra})
     print(f"{stage.name:14} ...", flush=True)

@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .backbones import Qwen2VLPictureProcessor, quiet_loading, trunk_states
 from .config import InputError, find_model, method_of
-from .losses import next_token_loss
+from .losses import next_token_loss, token_losses
 from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
@@ -286,11 +286,8 @@ def text_log_likelihood(self, texts: list[str], question: str = "describe the pi
         rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
         embeddings = self.model.get_input_embeddings()(rows.input_ids)
         states = trunk_states(self.model, embeddings, rows.input_ids, rows.attention_mask, rows.vision)
-        labels = rows.labels[:, 1:]
-        keep = labels != -100  # the head runs only where something is predicted
-        loss = torch.zeros(labels.shape, device=labels.device)
-        loss[keep] = F.cross_entropy(self.model.lm_head(states[:, :-1][keep]).float(), labels[keep], reduction="none")
-        return -loss.sum(1, keepdim=True)
+        losses, row = token_losses(states, rows.labels, self.model.lm_head)
+        return -losses.new_zeros(len(batch)).index_add(0, row, losses)[:, None]
 
     return in_batches(texts, batch_size, encode, length=len)[:, 0]
 

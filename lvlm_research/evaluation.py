@@ -19,7 +19,7 @@ from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, write_beside
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
-from .metrics import bootstrap_interval, mean_of_means_interval
+from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
 
 # %% auto #0
@@ -99,16 +99,15 @@ def model_signature(folder: str | Path) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/12_evaluation.ipynb #6f8078b0
-def _percent_row(run: dict, benchmark: str, subset: str, metric: str, value: float, n: int, interval: tuple[float, float], chance: float) -> dict:
-    percent = lambda x: round(100 * float(x), 4)
-    return run | {"benchmark": benchmark, "subset": subset, "metric": metric, "value": percent(value), "n": n,
-                  "ci_low": percent(interval[0]), "ci_high": percent(interval[1]), "chance": percent(chance)}
+def _percent_row(run: dict, benchmark: str, subset: str, metric: str, estimate: tuple[float, float, float], n: int, chance: float) -> dict:
+    value, low, high, chance = (round(100 * float(x), 4) for x in (*estimate, chance))
+    return run | {"benchmark": benchmark, "subset": subset, "metric": metric, "value": value, "n": n, "ci_low": low, "ci_high": high, "chance": chance}
 
 
 def _row(score: Score, benchmark: str, draws: int, **run: str) -> dict:
     "One tidy row; values in percent."
-    interval = bootstrap_interval(score.values, score.groups, draws)
-    return _percent_row(run, benchmark, score.subset, score.metric, np.mean(score.values), len(score.values), interval, score.chance)
+    estimate = bootstrap_mean([score.values], [score.groups], draws)
+    return _percent_row(run, benchmark, score.subset, score.metric, estimate, len(score.values), score.chance)
 
 
 def _unique(lists: list[list]) -> tuple[list, list[np.ndarray]]:
@@ -165,8 +164,8 @@ def _group_rows(scores: Scores, draws: int, **run: str) -> list[dict]:
     for benchmark, group, metric, parts in grouped:
         if parts:
             values = [s.values for s in parts]
-            interval = mean_of_means_interval(values, [s.groups for s in parts], draws)
-            rows.append(_percent_row(run, benchmark, group, metric, np.mean([v.mean() for v in values]), sum(map(len, values)), interval, np.mean([s.chance for s in parts])))
+            estimate = bootstrap_mean(values, [s.groups for s in parts], draws)
+            rows.append(_percent_row(run, benchmark, group, metric, estimate, sum(map(len, values)), np.mean([s.chance for s in parts])))
     return rows
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% auto #0
-__all__ = ['info_nce', 'Temperature', 'text_contrast', 'next_token_loss']
+__all__ = ['info_nce', 'Temperature', 'text_contrast', 'token_losses', 'next_token_loss']
 
 # %% ../nbs/08_losses.ipynb #7ef4a553
 def info_nce(
@@ -53,14 +53,18 @@ def text_contrast(
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 # %% ../nbs/08_losses.ipynb #c78d7c65
-def next_token_loss(
+def token_losses(
     states: torch.Tensor,  # final-norm states (B, T, D)
     labels: torch.Tensor,  # (B, T) token ids, -100 where nothing is predicted; position i is predicted from position i - 1
-    head: nn.Module,  # the language-model head
-) -> torch.Tensor:
-    "Mean negative log-likelihood per predicted token; 0 when the batch has no label."
+    head: nn.Module,  # the language-model head; it runs only where something is predicted
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Negative log-likelihood in nats of each of the M predicted tokens `(M,)`, and the row of the batch that it stands in `(M,)`."
     states, labels = states[:, :-1], labels[:, 1:]
     keep = labels != -100
-    if not keep.any():
-        return states.sum() * 0.0
-    return F.cross_entropy(head(states[keep]).float(), labels[keep])
+    return F.cross_entropy(head(states[keep]).float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
+
+
+def next_token_loss(states: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    "Mean of `token_losses`, a scalar; 0 when the batch has no label."
+    losses = token_losses(states, labels, head)[0]
+    return losses.mean() if len(losses) else states.sum() * 0.0

@@ -10,7 +10,7 @@ import torch
 
 # %% auto #0
 __all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
-           'topk_hits', 'bootstrap_interval', 'paired_difference', 'mean_of_means_interval', 'rank_correlation']
+           'topk_hits', 'bootstrap_mean', 'paired_difference', 'rank_correlation']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -93,36 +93,18 @@ def topk_hits(image: torch.Tensor, classes: torch.Tensor, labels: np.ndarray, ks
     return expected_hits(image.float() @ classes.float().T, relevant, ks)
 
 # %% ../nbs/11_metrics.ipynb #49cb8db1
-def bootstrap_interval(
-    values: np.ndarray,  # (N,) per-item scores
-    groups: np.ndarray | None = None,  # (N,) group of each item
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    "Interval of the mean of `values`."
-    values = np.asarray(values, float)
-    if not len(values):
-        raise ValueError("no items: a mean over an empty set has no interval")
-    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    sums, sizes = np.bincount(groups, values), np.bincount(groups)
-    rng, n = np.random.default_rng(seed), len(sums)
-    picks = [rng.integers(0, n, n) for _ in range(draws)]
-    means = np.array([sums[p].sum() / sizes[p].sum() for p in picks])
-    tail = (1 - level) / 2
-    return tuple(float(q) for q in np.quantile(means, (tail, 1 - tail)))
-
-# %% ../nbs/11_metrics.ipynb #9165413c
-def paired_difference(
-    first: list[np.ndarray],  # per-item scores of one model, one array a category
-    second: list[np.ndarray],  # of another model, on the same items
+def bootstrap_mean(
+    parts: list[np.ndarray],  # per-item scores, one array `(N,)` a category
     groups: list[np.ndarray | None] | None = None,  # per category, the group of each item (whole groups are drawn)
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    "Mean over categories of first - second, with a 95 % bootstrap interval over items."
+    "Mean over categories of their means, and both ends of its 95 % interval (stratified bootstrap); ValueError for a category without items."
+    if not all(map(len, parts)):
+        raise ValueError("no items: a mean over an empty set has no interval")
     rng, columns = np.random.default_rng(seed), []
-    for values, group in zip((a - b for a, b in zip(first, second)), groups or [None] * len(first)):
+    for values, group in zip(parts, groups or [None] * len(parts)):
+        values = np.asarray(values, float)
         index = np.arange(len(values)) if group is None else np.unique(group, return_inverse=True)[1]
         sums, sizes = np.bincount(index, values), np.bincount(index)
         picks = [rng.integers(0, len(sums), len(sums)) for _ in range(draws)]
@@ -131,15 +113,16 @@ def paired_difference(
     low, high = np.quantile(means[1:], (0.025, 0.975))
     return float(means[0]), float(low), float(high)
 
-# %% ../nbs/11_metrics.ipynb #5f89d4ff
-def mean_of_means_interval(
-    parts: list[np.ndarray],  # per-item scores of each category
+# %% ../nbs/11_metrics.ipynb #9165413c
+def paired_difference(
+    first: list[np.ndarray],  # per-item scores of one model, one array a category
+    second: list[np.ndarray],  # of another model, on the same items
     groups: list[np.ndarray | None] | None = None,  # per category, the group of each item
     draws: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
-    "95 % interval of the mean over categories of their means (stratified bootstrap)."
-    return paired_difference(parts, [np.zeros(len(part)) for part in parts], groups, draws, seed)[1:]
+) -> tuple[float, float, float]:
+    "`bootstrap_mean` of first - second."
+    return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], groups, draws, seed)
 
 # %% ../nbs/11_metrics.ipynb #d7627711
 def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:

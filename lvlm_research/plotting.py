@@ -96,7 +96,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def save_table(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
     "Write `name`.csv whole, and `name`.md with our rows and the reported ones in a block each; `table` has a column `source`."
     with write_beside(Path(folder) / f"{name}.csv") as part:
-        table.to_csv(part, index=False)
+        table.round(4).to_csv(part, index=False)
     blocks = [f"**{source}**\n\n" + to_markdown(block.drop(columns="source").dropna(axis=1, how="all")) for source, block in table.groupby("source", sort=False)]
     with write_beside(Path(folder) / f"{name}.md") as part:
         part.write_text("\n".join(blocks), encoding="utf-8")

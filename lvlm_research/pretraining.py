@@ -5,6 +5,7 @@
 # %% ../nbs/10_pretraining.ipynb #8b22f758
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from .fitting import FitModule, MuonAdamW
 from .losses import next_token_loss
 from .prompts import SUMMARY
 from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELATIONS, SHAPES, SYNONYMS, TEXTURES, VALUES, Claim, Mention,
-                                  Scenes, article, hard_negative, long_caption, matches, mention_of, paraphrase, phrase, plural, related, sample_scenes,
+                                  Scenes, article, fact_counts, hard_negative, long_caption, matches, mention_of, paraphrase, phrase, plural, related, sample_scenes,
                                   say, short_caption, short_claim, stated_facts, true_facts, true_relations)
 
 # %% auto #0
@@ -410,16 +411,11 @@ def answer_accuracy(module: Pretraining, batches: Iterator[Conversations], numbe
 
 def caption_facts(captions: list[str], scenes: Scenes) -> dict[str, float]:
     "Percent of stated facts that are true, per attribute; `precision` over all attributes of objects and `recall`, the share of true ones that are stated, leave empty places out."
-    stated, right, told, total = {}, {}, 0, 0
+    stated, true = Counter(), Counter()
     for caption, scene in zip(captions, scenes):
-        truth, facts = true_facts(scene), stated_facts(caption)
-        for fact in facts:
-            kind = "empty place" if fact[2] == "nothing" else fact[1]
-            stated[kind] = stated.get(kind, 0) + 1
-            right[kind] = right.get(kind, 0) + (fact in truth)
-        objects = {fact for fact in truth if fact[2] != "nothing"}
-        told, total = told + len(objects & set(facts)), total + len(objects)
-    shares = {kind: 100 * right[kind] / stated[kind] for kind in sorted(stated)}
-    of_objects = [kind for kind in stated if kind != "empty place"]
-    precision = 100 * sum(right[k] for k in of_objects) / max(sum(stated[k] for k in of_objects), 1)
-    return shares | {"precision": precision, "recall": 100 * told / total}
+        facts = set(stated_facts(caption))
+        for counter, found in ((stated, facts), (true, facts & true_facts(scene))):
+            counter.update("empty place" if value == "nothing" else name for _, name, value in found)
+    right, wrong, left_out = np.sum([fact_counts(c, s) for c, s in zip(captions, scenes)], axis=0)
+    shares = {kind: 100 * true[kind] / stated[kind] for kind in sorted(stated)}
+    return shares | {"precision": 100 * right / max(right + wrong, 1), "recall": 100 * right / (right + left_out)}

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Stage:
     threads: int = 1  # 0 for all cores
     priority: int = 0  # what takes long starts first
 
-
+# %% ../nbs/15_reproduce.ipynb #b121a9e9
 TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
 EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
 ITEMS = {  # of the paper -> what the report says of it
@@ -64,14 +64,46 @@ ITEMS = {  # of the paper -> what the report says of it
     "tab8": "Pairs of pictures and captions of the same words, percent; chance is 25, 25 and 17.",
     "tab9": "Zero-shot classification of single objects, percent; 336 classes.",
 }
+BEST_PROMPT, SUITE = "prompts/best.json", "benchmarks/suite.npz"
 
-
+# %% ../nbs/15_reproduce.ipynb #1bcd36dd
 def _model_file(model: str) -> str:
     "The file that stands for a model in the graph: its card, which holds the hash of the weights."
     folder = {"zero-shot": "base"}.get(model, model)
     return f"models/{folder}/card.json"
 
 
+def _models(profile: str, from_scratch: bool) -> list[Stage]:
+    "What is trained, and the prompt that it is trained with."
+    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
+    train = lambda variant, **more: Stage(f"train-{variant}", "20_train_discriminative", {"variant": variant, **more}, (_model_file("zero-shot"), BEST_PROMPT),
+                                          (_model_file(variant), f"models/{variant}/curves.csv"), gpu=True, priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
+    return [
+        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
+        Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
+        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
+        *(train(v) for v in TRAINED),
+        train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
+    ]
+
+# %% ../nbs/15_reproduce.ipynb #1d15ce15
+def _items(rows: tuple[str, ...]) -> list[Stage]:
+    "Figures and tables."
+    figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
+    study, before_and_after = ("prompts/prompts.csv",), (_model_file("zero-shot"), _model_file("vladva"))
+    return [
+        Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
+        Stage("fig2", "fig2", {}, study, figure("fig2")),
+        Stage("fig3", "fig3", {}, (*study, "prompts/spectra.csv", *before_and_after), figure("fig3") + measures("fig3")),
+        Stage("fig4", "fig4", {}, before_and_after, figure("fig4") + measures("fig4")),
+        Stage("fig5", "fig5", {}, study, figure("fig5") + measures("fig5")),
+        Stage("fig6", "fig6", {}, before_and_after, figure("fig6") + measures("fig6")),
+        Stage("fig7", "fig7", {}, ("captions/captions.csv",), figure("fig7") + table("fig7") + measures("fig7")),
+        *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9")),
+    ]
+
+# %% ../nbs/15_reproduce.ipynb #da9fa625
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile, in an order in which it can run."
     if profile == "paper":
@@ -92,44 +124,10 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
         Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *rows, *claims.writes), ("rows.csv", "manifest.json", "report.html")),
     ]
 
-
-BEST_PROMPT, SUITE = "prompts/best.json", "benchmarks/suite.npz"
-
-
-def _models(profile: str, from_scratch: bool) -> list[Stage]:
-    "What is trained, and the prompt that it is trained with."
-    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
-    train = lambda variant, **more: Stage(f"train-{variant}", "20_train_discriminative", {"variant": variant, **more}, (_model_file("zero-shot"), BEST_PROMPT),
-                                          (_model_file(variant), f"models/{variant}/curves.csv"), gpu=True, priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
-    return [
-        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
-        Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
-        *(train(v) for v in TRAINED),
-        train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
-    ]
-
-
-def _items(rows: tuple[str, ...]) -> list[Stage]:
-    "Figures and tables."
-    figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
-    study, before_and_after = ("prompts/prompts.csv",), (_model_file("zero-shot"), _model_file("vladva"))
-    return [
-        Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
-        Stage("fig2", "fig2", {}, study, figure("fig2")),
-        Stage("fig3", "fig3", {}, (*study, "prompts/spectra.csv", *before_and_after), figure("fig3") + measures("fig3")),
-        Stage("fig4", "fig4", {}, before_and_after, figure("fig4") + measures("fig4")),
-        Stage("fig5", "fig5", {}, study, figure("fig5") + measures("fig5")),
-        Stage("fig6", "fig6", {}, before_and_after, figure("fig6") + measures("fig6")),
-        Stage("fig7", "fig7", {}, ("captions/captions.csv",), figure("fig7") + table("fig7") + measures("fig7")),
-        *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9")),
-    ]
-
-
-def stage_of(name: str, profile: str, from_scratch: bool = False) -> Stage:
+# %% ../nbs/15_reproduce.ipynb #53fb8e0e
+def stage_of(name: str, graph: list[Stage]) -> Stage:
     "One stage by name."
-    found = {s.name: s for s in stages(profile, from_scratch)}
+    found = {s.name: s for s in graph}
     if name not in found:
         raise InputError(f"unknown stage {name!r}: use one of {', '.join(found)}")
     return found[name]
@@ -137,11 +135,8 @@ def stage_of(name: str, profile: str, from_scratch: bool = False) -> Stage:
 
 def needed_for(name: str, graph: list[Stage]) -> list[Stage]:
     "The stage of that name and all that it needs, in order."
-    found = {s.name: s for s in graph}
-    if name not in found:
-        raise InputError(f"unknown stage {name!r}: use one of {', '.join(found)}")
     kept, reads = [], set()
-    for stage in reversed(graph):
+    for stage in reversed(graph[: graph.index(stage_of(name, graph)) + 1]):
         if stage.name == name or reads & set(stage.writes):
             kept.append(stage)
             reads |= set(stage.reads)
@@ -453,6 +448,12 @@ def join_intervals(header: list[str], rows: list[list[str]]) -> tuple[list[str],
     return [header[i] for i in kept], [[cell(row, i) for i in kept] for row in rows]
 
 
+def _table(name: str, header: list[str], rows: Iterable[list[str]]) -> str:
+    "A table of class `name` that scrolls where the page is narrow."
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+    return f"<div class=scroll><table class={html.escape(name)}><thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table></div>"
+
+
 def table_html(csv_path: Path) -> str:
     "A table file as HTML: our rows and the reported ones in a block each, without the columns that are empty there."
     import csv
@@ -464,9 +465,8 @@ def table_html(csv_path: Path) -> str:
     for name in dict.fromkeys(row[source] for row in rows):
         block = [row for row in rows if row[source] == name]
         kept = [i for i in range(len(header)) if i != source and any(row[i] for row in block)]
-        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(row[i])}</{tag}>" for i in kept)
-        body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in block)
-        parts.append(f"<h3>{html.escape(name)}</h3><div class=scroll><table class={html.escape(name)}><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>")
+        chosen = lambda row: [row[i] for i in kept]
+        parts.append(f"<h3>{html.escape(name)}</h3>{_table(name, chosen(header), map(chosen, block))}")
     return "".join(parts)
 
 
@@ -488,10 +488,7 @@ def plain_table_html(csv_path: Path, columns: list[str]) -> str:
     import csv
 
     with open(csv_path, newline="", encoding="utf-8") as f:
-        rows = [[row[c] for c in columns] for row in csv.DictReader(f)]
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(_decimals(v, 2))}</{tag}>" for v in row)
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table class=claims><thead><tr>{cells(columns, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+        return _table("claims", columns, [[_decimals(row[c], 2) for c in columns] for row in csv.DictReader(f)])
 
 
 def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]) -> str:

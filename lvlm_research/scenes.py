@@ -476,11 +476,9 @@ def true_facts(scene: Scenes) -> set[tuple[str, str, str]]:
 
 
 def fact_counts(caption: str, scene: Scenes) -> tuple[int, int, int]:
-    "What a long caption says of the objects of one scene: facts right, facts wrong, and true facts that it leaves out."
-    objects = {fact for fact in true_facts(scene) if fact[2] != "nothing"}
-    stated = [fact for fact in stated_facts(caption) if fact[2] != "nothing"]
-    right = len(objects & set(stated))
-    return right, sum(fact not in objects for fact in stated), len(objects) - right
+    "What a long caption says of the objects of one scene: facts right, facts wrong, and true facts that it leaves out. A fact said twice counts once."
+    objects, stated = ({fact for fact in facts if fact[2] != "nothing"} for facts in (true_facts(scene), stated_facts(caption)))
+    return len(objects & stated), len(stated - objects), len(objects - stated)
 
 # %% ../nbs/01_scenes.ipynb #a4948779
 NEGATIVE_TYPES = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
