@@ -17,7 +17,7 @@ from .dual_encoder import RegionHead, region_loss, scene_pixels
 from .fitting import FitModule, MuonAdamW
 from .losses import next_token_loss
 from .prompts import SUMMARY
-from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELATIONS, SHAPES, SYNONYMS, TEXTURES, VALUES, Claim, Mention,
+from .scenes import (BACKGROUNDS, COLOURS, INVERSE, NEGATIVE_TYPES, NUMBERS, PLACES, RELATIONS, SHAPES, SYNONYMS, TEXTURES, VALUES, Claim, Mention,
                                   Scenes, article, fact_counts, hard_negative, long_caption, matches, mention_of, paraphrase, phrase, plural, related, sample_scenes,
                                   say, short_caption, short_claim, stated_facts, true_facts, true_relations)
 
@@ -25,8 +25,8 @@ from .scenes import (BACKGROUNDS, COLOURS, NEGATIVE_TYPES, NUMBERS, PLACES, RELA
 __all__ = ['IMAGE_QUESTIONS', 'CURRICULUM', 'TEXT_INSTRUCTIONS', 'CROWDED', 'Turn', 'ask_place', 'ask_where', 'ask_half',
            'ask_attribute', 'ask_colour', 'ask_count', 'ask_background', 'ask_relation', 'ask_side', 'ask_presence',
            'ask_truth', 'ask_summary', 'ask_brief', 'ask_detail', 'mixture_at', 'read_summary', 'read_paraphrase',
-           'read_meaning', 'read_attribute', 'read_long', 'Conversations', 'picture_tokens', 'conversations',
-           'pretraining_batches', 'Alignment', 'Pretraining', 'answer_accuracy', 'caption_facts']
+           'read_meaning', 'read_attribute', 'read_side', 'read_long', 'Conversations', 'picture_tokens',
+           'conversations', 'pretraining_batches', 'Alignment', 'Pretraining', 'answer_accuracy', 'caption_facts']
 
 # %% ../nbs/10_pretraining.ipynb #7f0eb68a
 @dataclass(frozen=True)
@@ -251,13 +251,25 @@ def read_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
     return Turn("text attribute", f"{say(claim, rng)}\nwhat {name} is {_the(known, rng)}?", getattr(asked, name))
 
 
+def read_side(scene: Scenes, rng: np.random.Generator) -> Turn:
+    "On which side of an object that a caption names is another: as the caption puts it, or seen from there."
+    if scene.present.sum() < 2:
+        return read_attribute(scene, rng)
+    claim = short_claim(scene, rng, "relation")
+    one, other = (Mention(m.shape, m.colour) for m in claim.mentions[:2])
+    if one == other:
+        return read_attribute(scene, rng)
+    asked, answer = ((one, other), claim.relation) if rng.random() < 0.5 else ((other, one), INVERSE[claim.relation])
+    return Turn("text side", f"{say(claim, rng)}\non which side of {_the(asked[1], rng)} is {_the(asked[0], rng)}?", answer)
+
+
 def read_long(scene: Scenes, rng: np.random.Generator) -> Turn:
     "A question about a picture, answered from its long caption instead."
     turn = _choice((ask_place, ask_where, ask_attribute, ask_relation, ask_side), rng)(scene, rng)
     return Turn("read " + turn.kind, f"{long_caption(scene, rng)}\n{turn.question}", turn.answer)
 
 
-TEXT_INSTRUCTIONS = {read_summary: 3, read_paraphrase: 2, read_meaning: 2, read_attribute: 2, read_long: 1}
+TEXT_INSTRUCTIONS = {read_summary: 3, read_paraphrase: 2, read_meaning: 2, read_attribute: 2, read_side: 3, read_long: 1}
 
 # %% ../nbs/10_pretraining.ipynb #4ba2f847
 @dataclass
@@ -323,7 +335,7 @@ def pretraining_batches(
     batch_size: int,
     seed: int,
     budget: int = 110,  # text tokens per row
-    text_every: int = 5,  # one batch in so many is text only; 0 for none
+    text_every: int = 4,  # one batch in so many is text only; 0 for none
     steps: int = 0,  # length of the training, for the curriculum; 0 for everything from the start
     split: str = "train",
 ) -> Callable[[], Iterator[Conversations]]:

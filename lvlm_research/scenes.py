@@ -119,12 +119,14 @@ COUNTS = (1, 2, 2, 2, 2, 2, 2, 3, 3, 3)  # numbers of objects that scenes are dr
 
 
 def _draw(n: int, rng: np.random.Generator, counts: tuple[int, ...], palette: dict[str, np.ndarray] | None = None) -> Scenes:
-    "`n` scenes from the whole world, splits mixed; `palette` limits attributes to some of their values."
+    "`n` scenes from the whole world, splits mixed; of an attribute in `palette` the objects of a scene have different values (while there are any left), all from there."
     number = rng.choice(counts, n)
     order = rng.random((n, 4)).argsort(1)
-    present = order < number[:, None]
-    allowed = {name: np.arange(len(values)) for name, values in VALUES.items()} | (palette or {})
-    attributes = {name: np.where(present, rng.choice(allowed[name], (n, 4)), -1).astype(np.int8) for name in VALUES}
+    attributes = {name: rng.integers(0, len(values), (n, 4)) for name, values in VALUES.items()}
+    for name, values in (palette or {}).items():
+        shuffled = values[rng.random((n, len(values))).argsort(1)]
+        attributes[name] = np.take_along_axis(shuffled, order % len(values), 1)
+    attributes = {name: np.where(order < number[:, None], values, -1).astype(np.int8) for name, values in attributes.items()}
     return Scenes(**attributes, background=rng.integers(0, 3, n).astype(np.int8), offset=rng.uniform(-1, 1, (n, 4, 2)).astype(np.float32))
 
 
@@ -133,7 +135,7 @@ def sample_scenes(
     rng: np.random.Generator,  # all randomness comes from here
     split: str = "train",  # train, validation, test or novel
     counts: tuple[int, ...] = COUNTS,  # numbers of objects to draw from
-    palette: dict[str, np.ndarray] | None = None,  # indices of the values that an attribute may have; None for all
+    palette: dict[str, np.ndarray] | None = None,  # indices of the values that the objects of a scene share out among them; None for any values
 ) -> Scenes:
     "Sample `n` scenes of one split."
     if split not in ("train", "validation", "test", "novel"):
@@ -161,7 +163,7 @@ def sample_albums(
     split: str = "train",  # train, validation, test or novel
     counts: tuple[int, ...] = COUNTS,  # numbers of objects to draw from
     size: int = 8,  # scenes of an album
-    values: int = 2,  # shapes, and colours, that they share
+    values: int = 3,  # shapes, and colours, that they share
 ) -> Scenes:
     "Sample `n` scenes of one split, album after album; the last one may be cut short."
     return concatenate([sample_scenes(min(size, n - start), rng, split, counts, _palette(rng, values, split)) for start in range(0, n, size)])

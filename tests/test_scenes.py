@@ -171,8 +171,10 @@ def test_albums_share_shapes_and_colours_and_stay_in_their_split(seed, split, n)
     albums = sample_albums(n, np.random.default_rng(seed), split)
     assert len(albums) == n and set(split_of(albums)) == {split}
     for start in range(0, n, 8):
-        objects = [o for scene in albums[slice(start, start + 8)] for o in objects_in(scene)]
-        assert len({o["shape"] for o in objects}) <= 2 and len({o["colour"] for o in objects}) <= 2
+        scenes = [objects_in(scene) for scene in albums[slice(start, start + 8)]]
+        for name in ("shape", "colour"):
+            assert len({o[name] for objects in scenes for o in objects}) <= 3
+            assert all(len({o[name] for o in objects}) == len(objects) for objects in scenes)  # none twice in a scene
 
 
 @relaxed
