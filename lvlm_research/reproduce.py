@@ -25,11 +25,12 @@ from filelock import FileLock, Timeout
 from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH', 'RESULTS_VERSION', 'INTRO', 'Stage', 'stages',
-           'stage_of', 'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure',
-           'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive',
-           'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html',
-           'report_html', 'report_sections', 'write_report']
+__all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
+           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'checkpoint', 'stages', 'stage_of', 'needed_for',
+           'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
+           'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current',
+           'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
+           'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Stage:
 # %% ../nbs/15_reproduce.ipynb #b121a9e9
 TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
 EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
+BACKBONES = {"qwen2-vl": {"backbone": "qwen2-vl"}}  # besides the LLaVA of every other row, with the parameters of notebook 10 that make them; each is evaluated before and after VladVA
+OF_BACKBONES = ("zero-shot", "vladva", *(f"{m}-{b}" for b in BACKBONES for m in ("zero-shot", "vladva")))  # rows of tables 5 to 7
+ROWS = tuple(dict.fromkeys((*EVALUATED, *OF_BACKBONES, "blind")))  # of a run
 ITEMS = {  # of the paper -> what the report says of it
     "fig1": "The framework, drawn from the trained module; what is trained is framed in red.",
     "fig2": "Entropy of the next token at the read-out over 50 pairs of prompts, validation scenes.",
@@ -61,35 +65,57 @@ ITEMS = {  # of the paper -> what the report says of it
     "tab2": "True caption against a hard negative, percent; chance is 50.",
     "tab3": "Two true captions against a hard negative, percent; chance is a third.",
     "tab4": "Ablation; group scores are means over categories, with the budget of each variant.",
+    "tab5": "Table 1 across backbones: before and after VladVA.",
+    "tab6": "Table 2 across backbones.",
+    "tab7": "Table 3 across backbones.",
     "tab8": "Pairs of pictures and captions of the same words, percent; chance is 25, 25 and 17.",
     "tab9": "Zero-shot classification of single objects, percent; 336 classes.",
 }
 BEST_PROMPT, SUITE = "prompts/best.json", "benchmarks/suite.npz"
 
 # %% ../nbs/15_reproduce.ipynb #1bcd36dd
-def _model_file(model: str) -> str:
+def model_folder(row: str) -> str:
+    "The folder in models that a row of the tables is computed from: of a zero-shot row its backbone; the blind rules ask the base for likelihoods of texts."
+    return {"zero-shot": "base", "blind": "base"}.get(row, row.removeprefix("zero-shot-"))
+
+
+def checkpoint(backbone: str = "") -> str:
+    "Name under data/checkpoints of a backbone's committed base; the LLaVA micro by default."
+    made = BACKBONES.get(backbone, {})
+    return f"{made.get('backbone', 'llava')}-{made.get('size', 'micro')}"
+
+
+def _model_file(row: str) -> str:
     "The file that stands for a model in the graph: its card, which holds the hash of the weights."
-    folder = {"zero-shot": "base"}.get(model, model)
-    return f"models/{folder}/card.json"
+    return f"models/{model_folder(row)}/card.json"
 
 
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
-    train = lambda variant, **more: Stage(f"train-{variant}", "20_train_discriminative", {"variant": variant, **more}, (_model_file("zero-shot"), BEST_PROMPT),
-                                          (_model_file(variant), f"models/{variant}/curves.csv"), gpu=True, priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
+
+    def train(variant: str, backbone: str = "", **more) -> Stage:
+        name, start = (f"{variant}-{backbone}", f"zero-shot-{backbone}") if backbone else (variant, "zero-shot")
+        parameters = {"variant": variant, **({"backbone": backbone} if backbone else {}), **more}
+        return Stage(f"train-{name}", "20_train_discriminative", parameters, (_model_file(start), BEST_PROMPT), (_model_file(name), f"models/{name}/curves.csv"), gpu=True,
+                     priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
+
     return [
         Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed(checkpoint()), gpu=True, threads=0, priority=9),
         Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
         Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
+        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, (_model_file("clip"),), (_model_file(f"zero-shot-{b}"),), committed(checkpoint(b)), gpu=True, threads=0, priority=7)
+          for b, parameters in BACKBONES.items()),
         *(train(v) for v in TRAINED),
+        *(train("vladva", b) for b in BACKBONES),
         train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
     ]
 
 # %% ../nbs/15_reproduce.ipynb #1d15ce15
-def _items(rows: tuple[str, ...]) -> list[Stage]:
+def _items() -> list[Stage]:
     "Figures and tables."
+    rows = lambda models: tuple(f"rows/{m}.csv" for m in models)
     figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
     study, before_and_after = ("prompts/prompts.csv",), (_model_file("zero-shot"), _model_file("vladva"))
     return [
@@ -100,7 +126,7 @@ def _items(rows: tuple[str, ...]) -> list[Stage]:
         Stage("fig5", "fig5", {}, study, figure("fig5") + measures("fig5")),
         Stage("fig6", "fig6", {}, before_and_after, figure("fig6") + measures("fig6")),
         Stage("fig7", "fig7", {}, ("captions/captions.csv",), figure("fig7") + table("fig7") + measures("fig7")),
-        *(Stage(t, t, {}, rows, table(t), ("data/reported/vladva.json",)) for t in ("tab1", "tab2", "tab3", "tab4", "tab8", "tab9")),
+        *(Stage(t, t, {}, rows(OF_BACKBONES if t in ("tab5", "tab6", "tab7") else (*EVALUATED, "blind")), table(t), ("data/reported/vladva.json",)) for t in (f"tab{i}" for i in range(1, 10))),
     ]
 
 # %% ../nbs/15_reproduce.ipynb #da9fa625
@@ -110,18 +136,17 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
         raise InputError("profile 'paper' needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
     from_scratch = from_scratch or profile_of(profile).size != "micro"  # committed checkpoints are micro
     models = _models(profile, from_scratch)
-    rows = tuple(f"rows/{m}.csv" for m in (*EVALUATED, "blind"))
-    items = _items(rows)
-    claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in EVALUATED), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
+    items, with_items = _items(), [m for m in ROWS if m != "blind"]
+    claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in with_items), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
     return [
         *models,
         Stage("benchmarks", "31_benchmarks", {}, (), (SUITE,), priority=7),
-        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in EVALUATED),
+        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in with_items),
         Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"), BEST_PROMPT, SUITE), ("rows/blind.csv",)),
         Stage("captions", "41_captions", {}, tuple(_model_file(m) for m in ("zero-shot", "e5v", "vladva")), ("captions/captions.csv",), priority=1),
         *items,
         claims,
-        Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *rows, *claims.writes), ("rows.csv", "manifest.json", "report.html")),
+        Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *(f"rows/{m}.csv" for m in ROWS), *claims.writes), ("rows.csv", "manifest.json", "report.html")),
     ]
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
@@ -410,14 +435,15 @@ def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_s
     return failed
 
 # %% ../nbs/15_reproduce.ipynb #8c841056
-def load_rows(results: Path):
-    "All tidy rows of a run, in the order of the models; the committed reference for a notebook opened alone."
+def load_rows(results: Path, models: tuple[str, ...] = (*EVALUATED, "blind")):
+    "Tidy rows of some models of a run, in their order; of the committed reference for a notebook opened alone."
     import pandas as pd
 
-    files = [results / "rows" / f"{m}.csv" for m in (*EVALUATED, "blind")]
+    files = [results / "rows" / f"{m}.csv" for m in models]
     if all(f.is_file() for f in files):
         return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
-    return pd.read_csv(artefact(results, "rows.csv", "data/reference/cpu/rows.csv"))
+    rows = pd.read_csv(artefact(results, "rows.csv", "data/reference/cpu/rows.csv"))
+    return rows[rows.model.str.split(":").str[0].isin(models)].reset_index(drop=True)  # a blind rule is called 'blind: ...'
 
 
 RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of before can no longer be compared
