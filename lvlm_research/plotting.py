@@ -78,7 +78,9 @@ def draw_box(ax: plt.Axes, x: float, y: float, width: float, height: float, text
     "A labelled box; a red frame marks what is trained."
     style = {"boxstyle": "round,pad=0.02,rounding_size=0.08", "facecolor": colour, "edgecolor": "#b3353a" if trained else "#777777", "linewidth": 1.8 if trained else 0.8}
     ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.5)
+    lines = text.split("\n")
+    for i, line in enumerate(lines):  # one text each: an svg viewer centres a line, not a block, in a font of its own
+        ax.text(x + width / 2, y + height / 2 + 0.36 * ((len(lines) - 1) / 2 - i), line, ha="center", va="center", fontsize=8.5)
 
 
 def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:

@@ -434,8 +434,8 @@ body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1
 h1{font-size:1.6rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e5e5e5;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #999}
-table.reported td{color:#666;font-style:italic}table.claims td,table.claims th{white-space:normal;text-align:left;vertical-align:top}p.missing{color:#b3353a}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}thead th{border-bottom:2px solid #999}
+table.reported td{color:#666;font-style:italic}table.claims td,table.claims th{white-space:normal;text-align:left;vertical-align:top}p.missing{color:#b3353a}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0;overflow-x:auto}figure svg{width:100%;min-width:38rem;height:auto}
 pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.7rem}.note{color:#555}
 """
 
