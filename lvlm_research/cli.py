@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, help in (("reproduce", "regenerate every figure and table from nothing"), ("update", "rerun only what changed")):
         sub = verb(name, run_reproduce, help)
-        sub.add_argument("--profile", default="cpu", help="smoke, cpu, gpu or paper")
+        sub.add_argument("--profile", default="cpu", type=_profile, help="smoke, cpu, gpu, paper, or a .json file that extends one")
         sub.add_argument("--results", default="", help="folder (default: results/PROFILE)")
         sub.add_argument("--cores", type=int, help="cores to use (default: all)")
         sub.add_argument("--from-scratch", action="store_true", help="retrain the base checkpoints instead of using the committed ones")
@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")
-    sub.add_argument("--profile", default="smoke")
+    sub.add_argument("--profile", default="smoke", type=_profile)
     sub.add_argument("--results", default="")
     sub.add_argument("--threads", type=int)
     sub.add_argument("--from-scratch", action="store_true")
@@ -197,6 +197,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--image", help="a picture")
     sub.add_argument("--top", type=int, default=10)
     return top
+
+
+def _profile(text: str) -> str:
+    "The name of a profile, or the absolute path of its file: notebooks run in other folders."
+    return str(Path(text).resolve()) if text.endswith(".json") else text
 
 
 def _model_and_data(sub: argparse.ArgumentParser, help: str) -> None:

@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -63,11 +63,37 @@ class InputError(ValueError):
     "Something a person gave is wrong; the message names it and says how to mend it, in one line."
 
 
-def profile_of(name: str) -> Profile:
-    "The profile of that name."
-    if name not in PROFILES:
-        raise InputError(f"unknown profile {name!r}: use one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+# %% ../nbs/00_config.ipynb #759f550e
+def profile_of(
+    profile: str,  # a name, or a file: `{"extends": "cpu", "train_steps": 200}`
+) -> Profile:
+    "The profile of that name or file; a file's profile is named like the file."
+    if profile.endswith(".json"):
+        return _read_profile(Path(profile))
+    if profile not in PROFILES:
+        raise InputError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}, or a .json file that extends one")
+    return PROFILES[profile]
+
+
+def _read_profile(path: Path) -> Profile:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a profile file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(given, dict) or str(given.get("extends")) not in PROFILES:
+        raise InputError(f"{path}: needs a field 'extends' that names one of {', '.join(PROFILES)}")
+    if path.stem in PROFILES:
+        raise InputError(f"{path}: is named like a built-in profile, whose results it would mix with; rename the file")
+    base, keys = PROFILES[given.pop("extends")], [f.name for f in fields(Profile) if f.name != "name"]
+    for key, value in given.items():
+        if key not in keys:
+            raise InputError(f"{path}: unknown key {key!r}; a profile has extends, {', '.join(keys)}")
+        kind = type(getattr(base, key))
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind) or kind is not str and value <= 0:
+            raise InputError(f"{path}: {key!r} must be {'a text' if kind is str else 'a positive number' if kind is float else 'a positive whole number'}, not {value!r}")
+    return replace(base, name=path.stem, **given)
 
 # %% ../nbs/00_config.ipynb #0f0ffc56
 def find_root() -> Path | None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -106,14 +106,14 @@ def _items(rows: tuple[str, ...]) -> list[Stage]:
 # %% ../nbs/15_reproduce.ipynb #da9fa625
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile, in an order in which it can run."
-    if profile == "paper":
-        raise InputError("profile 'paper' needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
+    if profile_of(profile).size == "checkpoint":
+        raise InputError(f"profile {profile!r} needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
     from_scratch = from_scratch or profile_of(profile).size != "micro"  # committed checkpoints are micro
     models = _models(profile, from_scratch)
     rows = tuple(f"rows/{m}.csv" for m in (*EVALUATED, "blind"))
     items = _items(rows)
     claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in EVALUATED), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
-    return [
+    graph = [
         *models,
         Stage("benchmarks", "31_benchmarks", {}, (), (SUITE,), priority=7),
         *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in EVALUATED),
@@ -123,6 +123,7 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
         claims,
         Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *rows, *claims.writes), ("rows.csv", "manifest.json", "report.html")),
     ]
+    return [replace(s, inputs=(*s.inputs, profile)) for s in graph] if profile.endswith(".json") else graph
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
 def stage_of(name: str, graph: list[Stage]) -> Stage:
@@ -229,19 +230,19 @@ def _mark(folder: Path) -> dict:
 
 def results_folder(profile: str, results: str = "") -> Path:
     "The results folder of a profile, made and claimed if new."
-    profile_of(profile)
-    folder = Path(results) if results else root() / "results" / profile
+    name = profile_of(profile).name
+    folder = Path(results) if results else root() / "results" / name
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; name another for --results")
     mark = folder / "profile.json"
     if mark.is_file():
         owner = _mark(folder).get("profile")
-        if owner != profile:
-            raise InputError(f"{folder}: holds results of profile {owner!r}, not {profile!r}; use another folder or remove it")
+        if owner != name:
+            raise InputError(f"{folder}: holds results of profile {owner!r}, not {name!r}; use another folder or remove it")
     elif folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
-        write_text(mark, json.dumps({"profile": profile}) + "\n")
+        write_text(mark, json.dumps({"profile": name}) + "\n")
     return folder
 
 
@@ -384,7 +385,7 @@ def run_graph(
             shutil.rmtree(folder)
             results_folder(profile, str(folder))
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
-        write_text(folder / "profile.json", json.dumps({"profile": profile, "from_scratch": from_scratch}) + "\n")
+        write_text(folder / "profile.json", json.dumps({"profile": profile_of(profile).name, "from_scratch": from_scratch}) + "\n")
         graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
         print(f"profile {profile}: {len(graph)} stages on {cores} cores into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
@@ -426,7 +427,7 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
     status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
-    return {"format": RESULTS_VERSION, "profile": profile, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """
@@ -526,5 +527,5 @@ def report_sections(results: Path, record: dict) -> Iterator[tuple[str, str, str
 
 def write_report(results: Path, profile: str) -> Path:
     "Write report.html from what is there."
-    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile), report_sections(results, manifest(results, profile)))
+    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile_of(profile).name), report_sections(results, manifest(results, profile)))
     return write_text(results / "report.html", page)

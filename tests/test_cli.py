@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import CHECKPOINTS, fails_in_one_line, run
+from lvlm_research.benchmarks import load_suite
 from lvlm_research.reproduce import exclusive
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
@@ -76,6 +77,16 @@ def test_a_broken_image_is_named(folder):
 ])
 def test_bad_arguments(argv, says):
     fails_in_one_line(*argv, says=says)
+
+
+def test_a_profile_of_ones_own(tmp_path):
+    profile = tmp_path / "quick.json"
+    profile.write_text('{"extends": "smoke", "train_step": 2}')
+    fails_in_one_line("reproduce", "--profile", str(profile), says="quick.json: unknown key 'train_step'")
+    profile.write_text('{"extends": "smoke", "retrieval_images": 20}')
+    run("stage", "benchmarks", "--profile", str(profile), "--results", str(tmp_path / "results"))
+    assert len(load_suite(tmp_path / "results/benchmarks/suite.npz")[0].images) == 20
+    assert json.loads((tmp_path / "results/profile.json").read_text())["profile"] == "quick"
 
 
 def test_a_model_folder_that_is_none(folder):
