@@ -29,7 +29,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
             raise InputError("--check compares all rows and claims: leave out --only")
         reference_folder(args.profile)  # refused before anything runs
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
-    folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only)
+    folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only, args.cluster)
     print(f"report   {folder / 'report.html'}\nfigures  {folder / 'figures'}\ntables   {folder / 'tables'}\nmanifest {folder / 'manifest.json'}")
     if args.check:
         _check(folder, args.profile)
@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--from-scratch", action="store_true", help="retrain the base checkpoints instead of using the committed ones")
         sub.add_argument("--check", action="store_true", help="then compare rows and claims with the committed reference")
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
+        sub.add_argument("--cluster", default="", metavar="DIR", help="submit the stages with this snakemake profile, for example workflow/slurm")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")
     sub.add_argument("--profile", default="smoke", type=_profile)

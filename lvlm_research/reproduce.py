@@ -323,13 +323,13 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
 IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
 
 
-def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str]) -> int:
+def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--cores", str(cores),
-               "--resources", f"gpu={gpus}", "--rerun-incomplete", "--nolock", "--keep-going", "--quiet", "all",
+    where = ["--profile", str(Path(cluster).resolve())] if cluster else ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), *where, "--nolock", "--quiet", "all",
                "--config", f"profile={profile}", f"from_scratch={from_scratch}", "--", *targets]
-    return subprocess.run(command, cwd=root(), env=os.environ | {IN_GRAPH: "1"}).returncode
+    return subprocess.run(command, cwd=root()).returncode
 
 
 def has_snakemake() -> bool:
@@ -376,9 +376,12 @@ def run_graph(
     from_scratch: bool = False,  # retrain the base checkpoints
     cores: int | None = None,  # default: all
     only: str = "",  # one stage and what it needs; the rest is left as it is
+    cluster: str = "",  # folder with a snakemake profile that names an executor, such as workflow/slurm
 ) -> Path:
     "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and a report that says what is missing."
     needed_for(only or "report", stages(profile))
+    if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
+        raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
         if fresh:
@@ -387,12 +390,12 @@ def run_graph(
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
         write_text(folder / "profile.json", json.dumps({"profile": profile_of(profile).name, "from_scratch": from_scratch}) + "\n")
         graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
-        print(f"profile {profile}: {len(graph)} stages on {cores} cores into {folder}", flush=True)
+        print(f"profile {profile}: {len(graph)} stages on {f'the cluster of {cluster}' if cluster else f'{cores} cores'} into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
             if (folder / "status" / f"{stage.name}.json").exists() and not is_current(stage, folder):
                 for name in stage.writes:
                     (folder / name).unlink(missing_ok=True)
-        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes)) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
+        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
         if code:
             write_report(folder, profile)
     if code:

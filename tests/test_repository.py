@@ -1,6 +1,7 @@
 "The repository keeps its own rules: sync, parameters cells, one place for requirements, a fast command line."
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,17 @@ def test_the_graph_uses_only_declared_parameters():
     for stage in stages("cpu"):
         declared = declared_parameters(ROOT / "nbs" / "paper" / f"{stage.notebook}.ipynb")
         assert set(stage.parameters) <= set(declared)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="snakemake needs Python 3.11")
+def test_on_a_slurm_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path):
+    command = ["-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(tmp_path), "--profile", "workflow/slurm", "--config", "profile=gpu", "--dry-run", "--printshellcmds"]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    jobs = {block.split(":")[0]: block for block in re.split(r"^rule ", result.stdout + result.stderr, flags=re.M)[1:]}
+    assert {s.name for s in stages("gpu")} <= set(jobs)
+    for name, gpus in (("train-vladva", 1), ("tab4", 0)):
+        assert f"gpu={gpus}" in jobs[name] and f"cli stage {name} --profile gpu" in jobs[name]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
