@@ -33,7 +33,7 @@ class Profile:
     dual_batch: int = 256
     negclip_steps: int = 100  # further steps with hard negatives, from the trained CLIP; as many pairs as a variant of the LVLM sees
     align_steps: int = 300  # of the LVLM's projector, batches of 64 pictures
-    pretrain_steps: int = 4000  # generative pre-training of the LVLM
+    pretrain_steps: int = 6000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
     pretrain_lr: float = 2e-3
     train_steps: int = 800  # discriminative fine-tuning, per variant

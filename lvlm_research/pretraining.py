@@ -199,9 +199,9 @@ IMAGE_QUESTIONS = {  # kind -> weight in the mixture
 
 # %% ../nbs/10_pretraining.ipynb #8e3482ed
 CURRICULUM = (  # share of the steps, mixture
-    (0.20, {ask_place: 5, ask_where: 4, ask_half: 3, ask_colour: 3, ask_attribute: 3, ask_relation: 1, ask_presence: 1}),
+    (0.30, {ask_place: 5, ask_where: 4, ask_half: 3, ask_colour: 3, ask_attribute: 3, ask_relation: 1, ask_presence: 1}),
     (0.20, {ask_side: 5, ask_relation: 4, ask_truth: 3, ask_where: 2, ask_place: 1, ask_colour: 1, ask_attribute: 1, ask_presence: 1, ask_summary: 1, ask_brief: 1}),
-    (0.60, IMAGE_QUESTIONS),
+    (0.50, IMAGE_QUESTIONS),
 )
 
 
