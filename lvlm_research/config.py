@@ -31,12 +31,12 @@ class Profile:
     tower_steps: int = 1800  # region pre-training of the vision tower, batches of 64 pictures
     dual_steps: int = 1800  # contrastive training of the dual encoder
     dual_batch: int = 256
-    negclip_steps: int = 100  # further steps with hard negatives, from the trained CLIP; as many pairs as a variant of the LVLM sees
+    negclip_steps: int = 80  # further steps with hard negatives, from the trained CLIP; as many pairs as a variant of the LVLM sees
     align_steps: int = 300  # of the LVLM's projector, batches of 64 pictures
     pretrain_steps: int = 6000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
     pretrain_lr: float = 2e-3
-    train_steps: int = 800  # discriminative fine-tuning, per variant
+    train_steps: int = 640  # discriminative fine-tuning, per variant
     train_batch: int = 32
     learning_rate: float = 1e-3  # 8e-4 and 2e-3 were alike after 400 steps (loss on scenes never seen before), 5e-3 was worse
     retrieval_images: int = 1000
