@@ -31,7 +31,7 @@ class Profile:
     tower_steps: int = 1800  # region pre-training of the vision tower, batches of 64 pictures
     dual_steps: int = 1800  # contrastive training of the dual encoder
     dual_batch: int = 256
-    negclip_steps: int = 80  # further steps with hard negatives, from the trained CLIP; as many pairs as a variant of the LVLM sees
+    equal_steps: int = 80  # of NegCLIP, which goes on from the trained CLIP, and of a CLIP from its tower: as many pairs as a variant of the LVLM sees
     align_steps: int = 300  # of the LVLM's projector, batches of 64 pictures
     pretrain_steps: int = 6000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
@@ -50,10 +50,10 @@ class Profile:
 
 
 PROFILES = {p.name: p for p in (
-    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, negclip_steps=2, align_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
+    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, equal_steps=2, align_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
             retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, study_images=24, draws=200),
     Profile("cpu"),
-    Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, negclip_steps=1000, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
+    Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, equal_steps=1000, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
             train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, class_images=4000, precision="bf16-mixed"),
     Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed"),
 )}

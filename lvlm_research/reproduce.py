@@ -48,7 +48,7 @@ class Stage:
 
 # %% ../nbs/15_reproduce.ipynb #b121a9e9
 TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
-EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
+EVALUATED = ("clip", "clip-equal", "negclip", "zero-shot", *TRAINED)
 ITEMS = {  # of the paper -> what the report says of it
     "fig1": "The framework, drawn from the trained module; what is trained is framed in red.",
     "fig2": "Entropy of the next token at the read-out over 50 pairs of prompts, validation scenes.",
@@ -82,7 +82,7 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
         Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
         Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("llava-micro"), gpu=True, threads=0, priority=9),
         Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, (_model_file("clip"),), (_model_file(m),), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
         *(train(v) for v in TRAINED),
         train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
     ]
