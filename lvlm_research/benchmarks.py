@@ -189,10 +189,11 @@ class Classification(Benchmark):
     labels: np.ndarray = field(default_factory=lambda: np.array([]))
     templates: int = 1
     subset: str = "single objects"
+    groups: np.ndarray | None = None  # pictures of one scene, which are not independent
 
     def score(self, image, text):
         classes = F.normalize(text.view(-1, self.templates, text.shape[-1]).mean(1), dim=-1)
-        return [Score(self.subset, f"top-{k}", v, chance(k, len(classes))) for k, v in topk_hits(image, classes, self.labels).items()]
+        return [Score(self.subset, f"top-{k}", v, chance(k, len(classes)), self.groups) for k, v in topk_hits(image, classes, self.labels).items()]
 
 
 def class_texts(names: list[str], templates: tuple[str, ...] = TEMPLATES) -> list[str]:
@@ -202,14 +203,14 @@ def class_texts(names: list[str], templates: tuple[str, ...] = TEMPLATES) -> lis
 
 
 def scene_classification(images: int, image_size: int, rng: np.random.Generator) -> Classification:
-    "Single-object test scenes; classes are size, colour, texture and shape."
+    "Single-object test scenes; classes are size, colour, texture and shape. There are few different ones (about 200), so a scene comes several times, with other jitter, and is one group."
     mentions = single_object_classes()
     index = {(m.shape, m.colour, m.size, m.texture): i for i, m in enumerate(mentions)}
     scenes = sample_scenes(images, rng, "test", counts=(1,))
     cell = scenes.present.argmax(1)
     value = lambda name, words: [words[v] for v in getattr(scenes, name)[np.arange(images), cell]]
     labels = np.array([index[key] for key in zip(*(value(name, words) for name, words in VALUES.items()))])
-    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES))
+    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES), groups=scene_codes(scenes))
 
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f
 SUITE_SEED = 2024  # of all test items

@@ -12,10 +12,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from .config import InputError, set_threads, write_beside
+from .config import InputError, root, set_threads, write_beside
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'run_reproduce', 'run_one_stage', 'run_evaluate', 'run_embed', 'run_search', 'parser', 'main']
+__all__ = ['SUFFIXES', 'run_reproduce', 'run_reference', 'run_one_stage', 'run_evaluate', 'run_embed', 'run_search', 'parser',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #5d56f88e
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -30,13 +31,15 @@ def run_reproduce(args: argparse.Namespace) -> None:
         reference_folder(args.profile)  # refused before anything runs
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
     folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only, args.cluster)
-    print(f"report   {folder / 'report.html'}\nfigures  {folder / 'figures'}\ntables   {folder / 'tables'}\nmanifest {folder / 'manifest.json'}")
+    for title, name in (("report", "report.html"), ("figures", "figures"), ("tables", "tables"), ("manifest", "manifest.json")):
+        if (folder / name).exists():  # one item alone comes without a report
+            print(f"{title:8} {folder / name}")
     if args.check:
         _check(folder, args.profile)
 
 
 def _check(folder: Path, profile: str) -> None:
-    "Print what differs from the committed reference by more than the tolerance; InputError if something does."
+    "Print rows that differ from the committed reference by more than the tolerance, and claims whose verdict changed; InputError for rows, as a claim near its threshold may turn on its own."
     from lvlm_research.reference import check
 
     rows, claims = check(folder, profile)
@@ -44,6 +47,13 @@ def _check(folder: Path, profile: str) -> None:
         print(f"check    {len(table)} {title}" + (f"\n{table.round(2).to_string(index=False)}" if len(table) else ""))
     if len(rows):
         raise InputError(f"{len(rows)} rows do not agree with data/reference/{profile}; they are listed above")
+
+
+def run_reference(args: argparse.Namespace) -> None:
+    "Make the finished run of a profile the committed reference."
+    from lvlm_research.reference import publish
+
+    print(publish(Path(args.results) if args.results else root() / "results" / args.profile, args.profile))
 
 
 def run_one_stage(args: argparse.Namespace) -> None:
@@ -175,6 +185,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--check", action="store_true", help="then compare rows and claims with the committed reference")
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
         sub.add_argument("--cluster", default="", metavar="DIR", help="submit the stages with this snakemake profile, for example workflow/slurm")
+    sub = verb("reference", run_reference, "make a finished run the committed reference, with the outputs of the paper's notebooks and the table of the README")
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--results", default="")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")
     sub.add_argument("--profile", default="smoke", type=_profile)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,11 +18,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside',
-           'write_text', 'sha256', 'write_card', 'check_card', 'git_revision', 'run_identity', 'available_cores',
-           'set_threads', 'method_of']
+__all__ = ['MODEL_SIZES', 'PRECISIONS', 'PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root',
+           'find_model', 'write_beside', 'write_text', 'sha256', 'write_card', 'check_card', 'git_revision',
+           'run_identity', 'available_cores', 'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
+MODEL_SIZES = ("micro", "mini", "small", "checkpoint")  # of models; notebook 05 says what they are
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")  # Lightning's names
+
+
 @dataclass(frozen=True)
 class Profile:
     "How much is computed. Sizes of test sets are per benchmark; steps are optimiser steps."
@@ -31,12 +36,11 @@ class Profile:
     tower_steps: int = 1800  # region pre-training of the vision tower, batches of 64 pictures
     dual_steps: int = 1800  # contrastive training of the dual encoder
     dual_batch: int = 256
-    equal_steps: int = 80  # of NegCLIP, which goes on from the trained CLIP, and of a CLIP from its tower: as many pairs as a variant of the LVLM sees
     align_steps: int = 300  # of the LVLM's projector, batches of 64 pictures
     pretrain_steps: int = 6000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
     pretrain_lr: float = 2e-3
-    train_steps: int = 640  # discriminative fine-tuning, per variant
+    train_steps: int = 640  # discriminative fine-tuning, per variant; also of NegCLIP, and of the CLIP at equal pairs
     train_batch: int = 32
     learning_rate: float = 1e-3  # 8e-4 and 2e-3 were alike after 400 steps (loss on scenes never seen before), 5e-3 was worse
     retrieval_images: int = 1000
@@ -50,10 +54,10 @@ class Profile:
 
 
 PROFILES = {p.name: p for p in (
-    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, equal_steps=2, align_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
+    Profile("smoke", tower_steps=4, dual_steps=4, dual_batch=16, align_steps=2, pretrain_steps=4, pretrain_batch=8, train_steps=3, train_batch=8,
             retrieval_images=48, captions_per_image=2, items=24, class_images=48, facts_scenes=6, study_images=24, draws=200),
     Profile("cpu"),
-    Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, equal_steps=1000, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
+    Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
             train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, class_images=4000, precision="bf16-mixed"),
     Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed"),
 )}
@@ -80,7 +84,7 @@ def _read_profile(path: Path) -> Profile:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a profile file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(given, dict) or str(given.get("extends")) not in PROFILES:
         raise InputError(f"{path}: needs a field 'extends' that names one of {', '.join(PROFILES)}")
@@ -91,8 +95,10 @@ def _read_profile(path: Path) -> Profile:
         if key not in keys:
             raise InputError(f"{path}: unknown key {key!r}; a profile has extends, {', '.join(keys)}")
         kind = type(getattr(base, key))
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind) or kind is not str and value <= 0:
-            raise InputError(f"{path}: {key!r} must be {'a text' if kind is str else 'a positive number' if kind is float else 'a positive whole number'}, not {value!r}")
+        if kind is str and value not in (allowed := {"size": MODEL_SIZES, "precision": PRECISIONS}[key]):
+            raise InputError(f"{path}: {key!r} must be one of {', '.join(allowed)}, not {value!r}")
+        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf):
+            raise InputError(f"{path}: {key!r} must be a positive {'number' if kind is float else 'whole number'}, not {value!r}")
     return replace(base, name=path.stem, **given)
 
 # %% ../nbs/00_config.ipynb #0f0ffc56

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
+from .config import InputError
 from .fitting import FitModule
 from .losses import info_nce
 from .scenes import VALUES, Scenes, claim_with_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
@@ -104,7 +105,9 @@ def save_tower(model: CLIPModel, regions: RegionHead, folder: str | Path) -> Pat
 
 
 def load_tower(model: CLIPModel, regions: RegionHead, folder: str | Path) -> None:
-    "Put a saved tower and head into a CLIP of the same size."
+    "Put a saved tower and head into a CLIP of the same size; InputError if there is none."
+    if not (Path(folder) / TOWER).is_file():
+        raise InputError(f"{Path(folder) / TOWER}: missing; train that CLIP again (lvlm-research reproduce --from-scratch)")
     _tower(model, regions).load_state_dict(load_file(Path(folder) / TOWER))
 
 # %% ../nbs/07_dual_encoder.ipynb #50548fce

@@ -135,7 +135,7 @@ def ask_relation(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 def ask_side(scene: Scenes, rng: np.random.Generator) -> Turn:
-    "Where is the star from the ring? 'left of it', 'above and right of it'."
+    "Where is the star from the ring? 'left of', 'above and right of'."
     cells = np.flatnonzero(scene.present[0])
     if len(cells) < 2:
         return ask_where(scene, rng)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, check_card, root, write_text
+from .config import InputError, check_card, profile_of, root, sha256, write_text
 from .reproduce import RESULTS_VERSION, stages
 from .tables import readme_table
 
@@ -27,6 +27,7 @@ FLOOR = 1.0  # percentage points that never count as a difference
 
 def reference_folder(profile: str) -> Path:
     "The committed results of a profile; InputError if there are none, or if they are of another format."
+    profile = profile_of(profile).name
     folder = root() / "data" / "reference" / profile
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -64,11 +65,18 @@ def publish(results: Path, profile: str) -> Path:
     "Make a finished run the committed reference of its profile; InputError if it is not whole, or ran on code that is in no commit."
     results = Path(results).resolve()
     try:
-        revision = json.loads((results / "manifest.json").read_text())["run"]["revision"]
+        manifest = json.loads((results / "manifest.json").read_text())
+        revision = manifest["run"]["revision"]
     except (OSError, ValueError, KeyError):
         raise InputError(f"{results}: holds no finished run (no readable manifest.json); run `lvlm-research update --profile {profile}` first") from None
+    if manifest.get("profile") != profile:
+        raise InputError(f"{results}: holds results of profile {manifest.get('profile')!r}, not {profile!r}")
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise InputError(f"{results}: was made by revision {revision!r}; a reference needs a clean commit")
+    if missing := [name for stage in stages(profile) for name in stage.writes if not (results / name).is_file()]:
+        raise InputError(f"{results}: is not whole, {missing[0]} is missing; run `lvlm-research update --profile {profile}` first")
+    if profile == "cpu" and sha256(results / "models/base/model.safetensors") != sha256(root() / "data/checkpoints/llava-micro/model.safetensors"):
+        raise InputError(f"{results / 'models/base'}: is not the committed base; copy it to data/checkpoints/llava-micro first, so that the adapters have theirs")
     target = root() / "data" / "reference" / profile
     shutil.rmtree(target, ignore_errors=True)
     for pattern in PUBLISHED:

@@ -220,6 +220,11 @@ def fingerprint(stage: Stage) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/15_reproduce.ipynb #70a19665
+def _owner(profile: str) -> dict:
+    "What `profile.json` says of a profile: its name and, where it is a person's own, its file."
+    return {"profile": profile_of(profile).name, "file": profile if profile.endswith(".json") else None}
+
+
 def _mark(folder: Path) -> dict:
     "Whose results folder it is."
     try:
@@ -230,19 +235,19 @@ def _mark(folder: Path) -> dict:
 
 def results_folder(profile: str, results: str = "") -> Path:
     "The results folder of a profile, made and claimed if new."
-    name = profile_of(profile).name
+    name, owner = profile_of(profile).name, _owner(profile)
     folder = Path(results) if results else root() / "results" / name
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; name another for --results")
     mark = folder / "profile.json"
     if mark.is_file():
-        owner = _mark(folder).get("profile")
-        if owner != name:
-            raise InputError(f"{folder}: holds results of profile {owner!r}, not {name!r}; use another folder or remove it")
+        found = {key: _mark(folder).get(key) for key in owner}
+        if found != owner:
+            raise InputError(f"{folder}: holds results of profile {found['file'] or found['profile']!r}, not {owner['file'] or name!r}; use another folder or remove it")
     elif folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
-        write_text(mark, json.dumps({"profile": name}) + "\n")
+        write_text(mark, json.dumps(owner) + "\n")
     return folder
 
 
@@ -326,9 +331,9 @@ IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, whi
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
-    where = ["--profile", str(Path(cluster).resolve())] if cluster else ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going"]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), *where, "--nolock", "--quiet", "all",
-               "--config", f"profile={profile}", f"from_scratch={from_scratch}", "--", *targets]
+    here = ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--nolock",
+               *(["--profile", str(Path(cluster).resolve())] if cluster else here), "--config", f"profile={profile}", f"from_scratch={from_scratch}", *([] if cluster else [f"cores={cores}"]), "--", *targets]
     return subprocess.run(command, cwd=root()).returncode
 
 
@@ -388,7 +393,7 @@ def run_graph(
             shutil.rmtree(folder)
             results_folder(profile, str(folder))
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
-        write_text(folder / "profile.json", json.dumps({"profile": profile_of(profile).name, "from_scratch": from_scratch}) + "\n")
+        write_text(folder / "profile.json", json.dumps(_owner(profile) | {"from_scratch": from_scratch}) + "\n")
         graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
         print(f"profile {profile}: {len(graph)} stages on {f'the cluster of {cluster}' if cluster else f'{cores} cores'} into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
@@ -430,7 +435,7 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
     status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
-    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """
