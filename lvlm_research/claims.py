@@ -91,6 +91,8 @@ STATEMENTS = (
               note="A bag of words is at chance here."),
     Statement("pairs above CLIP", "It is more compositional than CLIP.", "seven SugarCrepe-style categories, VladVA - CLIP", lambda e: e.contrast({"vladva": 1, "clip": -1}, PAIRS),
               note="Mean over categories of equal weight."),
+    Statement("pairs above CLIP at equal pairs", "It is more compositional than a CLIP trained on the same number of pairs.", "seven categories, VladVA - CLIP at equal pairs",
+              lambda e: e.contrast({"vladva": 1, "clip-equal": -1}, PAIRS), note="Mean over categories of equal weight."),
     Statement("pairs above NegCLIP", "It is more compositional than NegCLIP, without hard negatives.", "seven categories, VladVA - NegCLIP", lambda e: e.contrast({"vladva": 1, "negclip": -1}, PAIRS),
               note="NegCLIP's negatives are made by the rules that make the benchmark's, so it is tested on what it was taught."),
     Statement("AR helps composition", "The next-token loss on long captions adds compositionality.", "seven categories, VladVA - (soft prompt + LoRA)", lambda e: e.contrast({"vladva": 1, "both": -1}, PAIRS),
