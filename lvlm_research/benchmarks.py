@@ -127,9 +127,9 @@ class Pairs(Benchmark):
                 Score(self.subset, "TOT", text_only(first, second, negative), 1 / 3)]
 
 
-def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random.Generator) -> Pairs:
-    "Items of one SugarCrepe type on test scenes."
-    drawn = pair_items(items, kind, rng)
+def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random.Generator, split: str = "test") -> Pairs:
+    "Items of one SugarCrepe type on scenes of a split."
+    drawn = pair_items(items, kind, rng, split)
     texts = [getattr(i, name) for name in ("caption", "paraphrase", "negative") for i in drawn]
     return Pairs("sugarcrepe", scene_images(concatenate([i.scene for i in drawn]), image_size), texts, kind)
 
