@@ -41,7 +41,7 @@ class Stage:
     parameters: dict = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()  # files of the repository that the notebook reads
+    inputs: tuple[str, ...] = ()  # files that the notebook reads besides: of the repository, or a profile of one's own
     gpu: bool = False  # takes the GPU where there is one
     threads: int = 1  # 0 for all cores
     priority: int = 0  # what takes long starts first

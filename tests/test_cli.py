@@ -90,6 +90,9 @@ def test_a_profile_of_ones_own(tmp_path):
     run("stage", "benchmarks", "--profile", str(profile), "--results", str(tmp_path / "results"))
     assert len(load_suite(tmp_path / "results/benchmarks/suite.npz")[0].images) == 20
     assert json.loads((tmp_path / "results/profile.json").read_text())["profile"] == "quick"
+    (tmp_path / "other").mkdir()
+    shutil.copy(profile, tmp_path / "other")  # of the same name, but another file
+    fails_in_one_line("stage", "benchmarks", "--profile", str(tmp_path / "other/quick.json"), "--results", str(tmp_path / "results"), says="holds results of profile")
 
 
 def test_a_model_folder_that_is_none(folder):
