@@ -90,16 +90,24 @@ def _read_profile(path: Path) -> Profile:
         raise InputError(f"{path}: needs a field 'extends' that names one of {', '.join(PROFILES)}")
     if path.stem in PROFILES:
         raise InputError(f"{path}: is named like a built-in profile, whose results it would mix with; rename the file")
-    base, keys = PROFILES[given.pop("extends")], [f.name for f in fields(Profile) if f.name != "name"]
+    base = PROFILES[given.pop("extends")]
     for key, value in given.items():
-        if key not in keys:
-            raise InputError(f"{path}: unknown key {key!r}; a profile has extends, {', '.join(keys)}")
-        kind = type(getattr(base, key))
-        if kind is str and value not in (allowed := {"size": MODEL_SIZES, "precision": PRECISIONS}[key]):
-            raise InputError(f"{path}: {key!r} must be one of {', '.join(allowed)}, not {value!r}")
-        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf):
-            raise InputError(f"{path}: {key!r} must be a positive {'number' if kind is float else 'whole number'}, not {value!r}")
+        if (wanted := _wanted(base, key, value)) is not None:
+            raise InputError(f"{path}: {wanted}")
     return replace(base, name=path.stem, **given)
+
+
+def _wanted(base: Profile, key: str, value: object) -> str | None:
+    "What is wrong with one entry of a profile file; None if nothing is."
+    keys = [f.name for f in fields(Profile) if f.name != "name"]
+    if key not in keys:
+        return f"unknown key {key!r}; a profile has extends, {', '.join(keys)}"
+    kind = type(getattr(base, key))
+    if kind is str:
+        allowed = {"size": MODEL_SIZES, "precision": PRECISIONS}[key]
+        return None if value in allowed else f"{key!r} must be one of {', '.join(allowed)}, not {value!r}"
+    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    return None if positive else f"{key!r} must be a positive {'number' if kind is float else 'whole number'}, not {value!r}"
 
 # %% ../nbs/00_config.ipynb #0f0ffc56
 def find_root() -> Path | None:
