@@ -92,12 +92,12 @@ def _read_profile(path: Path) -> Profile:
         raise InputError(f"{path}: is named like a built-in profile, whose results it would mix with; rename the file")
     base = PROFILES[given.pop("extends")]
     for key, value in given.items():
-        if (wanted := _wanted(base, key, value)) is not None:
-            raise InputError(f"{path}: {wanted}")
+        if fault := _fault(base, key, value):
+            raise InputError(f"{path}: {fault}")
     return replace(base, name=path.stem, **given)
 
 
-def _wanted(base: Profile, key: str, value: object) -> str | None:
+def _fault(base: Profile, key: str, value: object) -> str | None:
     "What is wrong with one entry of a profile file; None if nothing is."
     keys = [f.name for f in fields(Profile) if f.name != "name"]
     if key not in keys:
