@@ -19,7 +19,7 @@ from datasets import Dataset
 from .config import InputError, Profile, write_beside
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
-from .scenes import (COLOURS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
+from .scenes import (COLOURS, COUNTS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, VALUES)
 
 # %% auto #0
@@ -85,7 +85,8 @@ DOMAINS = ("in", "near", "out")  # none, some or all of a scene's objects are he
 
 def _gallery_scenes(number: int, rng: np.random.Generator, split: str, domain: str) -> Scenes:
     "Different scenes of two or three objects, in albums; `out` has only novel objects (too few kinds of them for albums), `near` some."
-    pool = sample_albums(2 * number, rng, split, counts=(2, 2, 3)) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=(2, 3, 3)))
+    several = tuple(count for count in COUNTS if count > 1)
+    pool = sample_albums(2 * number, rng, split, several) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=several))
     if domain == "near":
         pool = pool[np.flatnonzero(novel_objects(pool) < pool.present.sum(1))]
     first = np.unique(scene_codes(pool), return_index=True)[1]

@@ -240,15 +240,13 @@ def read_meaning(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 def read_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
-    "The colour or the shape of an object that a caption names."
-    number = min(int(scene.present.sum()), 2)
-    claim = short_claim(scene, rng, "relation" if number == 2 else "place")
-    asked, other = claim.mentions[0], claim.mentions[-1]
-    name = "colour" if number == 1 or asked.shape != other.shape else "shape"
-    if number == 2 and asked.shape == other.shape and asked.colour == other.colour:
-        return read_summary(scene, rng)
-    known = Mention(shape=asked.shape) if name == "colour" else Mention(colour=asked.colour)
-    return Turn("text attribute", f"{say(claim, rng)}\nwhat {name} is {_the(known, rng)}?", getattr(asked, name))
+    "The colour or the shape of an object that a caption names, where the other of the two singles it out among all that it names."
+    claim = short_claim(scene, rng, "relation" if scene.present.sum() > 1 else "place")
+    asked, *others = claim.mentions
+    for name, known in (("colour", Mention(shape=asked.shape)), ("shape", Mention(colour=asked.colour))):
+        if not any(known in (Mention(shape=m.shape), Mention(colour=m.colour)) for m in others):
+            return Turn("text attribute", f"{say(claim, rng)}\nwhat {name} is {_the(known, rng)}?", getattr(asked, name))
+    return read_summary(scene, rng)
 
 
 def read_side(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -256,8 +254,8 @@ def read_side(scene: Scenes, rng: np.random.Generator) -> Turn:
     if scene.present.sum() < 2:
         return read_attribute(scene, rng)
     claim = short_claim(scene, rng, "relation")
-    one, other = (Mention(m.shape, m.colour) for m in claim.mentions[:2])
-    if one == other:
+    one, other, *rest = (Mention(m.shape, m.colour) for m in claim.mentions)
+    if one == other or {one, other} & set(rest):
         return read_attribute(scene, rng)
     asked, answer = ((one, other), claim.relation) if rng.random() < 0.5 else ((other, one), INVERSE[claim.relation])
     return Turn("text side", f"{say(claim, rng)}\non which side of {_the(asked[1], rng)} is {_the(asked[0], rng)}?", answer)
