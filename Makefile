@@ -29,7 +29,7 @@ test: setup  ## everything CI runs: notebooks top to bottom, then the tests
 	$(BIN)/python -m pytest tests
 
 reference: setup  ## make the finished run of PROFILE the committed reference, with the outputs of the notebooks and the table of the README
-	$(BIN)/python -c "from lvlm_research.reference import publish; print(publish('results/$(PROFILE)', '$(PROFILE)'))"
+	$(BIN)/lvlm-research reference --profile $(PROFILE)
 	$(BIN)/nbdev_clean
 
 lock: setup  ## resolve settings.ini anew into requirements.lock (torch stays as pinned there)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from .config import InputError, Profile, write_beside
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
-from .scenes import (COLOURS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
+from .scenes import (COLOURS, COUNTS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, VALUES)
 
 # %% auto #0
@@ -85,7 +85,8 @@ DOMAINS = ("in", "near", "out")  # none, some or all of a scene's objects are he
 
 def _gallery_scenes(number: int, rng: np.random.Generator, split: str, domain: str) -> Scenes:
     "Different scenes of two or three objects, in albums; `out` has only novel objects (too few kinds of them for albums), `near` some."
-    pool = sample_albums(2 * number, rng, split, counts=(2, 2, 3)) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=(2, 3, 3)))
+    several = tuple(count for count in COUNTS if count > 1)
+    pool = sample_albums(2 * number, rng, split, several) if domain != "out" else all_novel(sample_scenes(2 * number, rng, counts=several))
     if domain == "near":
         pool = pool[np.flatnonzero(novel_objects(pool) < pool.present.sum(1))]
     first = np.unique(scene_codes(pool), return_index=True)[1]
@@ -127,9 +128,9 @@ class Pairs(Benchmark):
                 Score(self.subset, "TOT", text_only(first, second, negative), 1 / 3)]
 
 
-def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random.Generator) -> Pairs:
-    "Items of one SugarCrepe type on test scenes."
-    drawn = pair_items(items, kind, rng)
+def scene_pairs_benchmark(kind: str, items: int, image_size: int, rng: np.random.Generator, split: str = "test") -> Pairs:
+    "Items of one SugarCrepe type on scenes of a split."
+    drawn = pair_items(items, kind, rng, split)
     texts = [getattr(i, name) for name in ("caption", "paraphrase", "negative") for i in drawn]
     return Pairs("sugarcrepe", scene_images(concatenate([i.scene for i in drawn]), image_size), texts, kind)
 
@@ -189,10 +190,11 @@ class Classification(Benchmark):
     labels: np.ndarray = field(default_factory=lambda: np.array([]))
     templates: int = 1
     subset: str = "single objects"
+    groups: np.ndarray | None = None  # pictures of one scene, which are not independent
 
     def score(self, image, text):
         classes = F.normalize(text.view(-1, self.templates, text.shape[-1]).mean(1), dim=-1)
-        return [Score(self.subset, f"top-{k}", v, chance(k, len(classes))) for k, v in topk_hits(image, classes, self.labels).items()]
+        return [Score(self.subset, f"top-{k}", v, chance(k, len(classes)), self.groups) for k, v in topk_hits(image, classes, self.labels).items()]
 
 
 def class_texts(names: list[str], templates: tuple[str, ...] = TEMPLATES) -> list[str]:
@@ -202,14 +204,14 @@ def class_texts(names: list[str], templates: tuple[str, ...] = TEMPLATES) -> lis
 
 
 def scene_classification(images: int, image_size: int, rng: np.random.Generator) -> Classification:
-    "Single-object test scenes; classes are size, colour, texture and shape."
+    "Single-object test scenes; classes are size, colour, texture and shape. There are few different ones (about 200), so a scene comes several times, with other jitter, and is one group."
     mentions = single_object_classes()
     index = {(m.shape, m.colour, m.size, m.texture): i for i, m in enumerate(mentions)}
     scenes = sample_scenes(images, rng, "test", counts=(1,))
     cell = scenes.present.argmax(1)
     value = lambda name, words: [words[v] for v in getattr(scenes, name)[np.arange(images), cell]]
     labels = np.array([index[key] for key in zip(*(value(name, words) for name, words in VALUES.items()))])
-    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES))
+    return Classification("classification", scene_images(scenes, image_size), class_texts([phrase(m, None) for m in mentions]), labels, len(TEMPLATES), groups=scene_codes(scenes))
 
 # %% ../nbs/04_benchmarks.ipynb #ee9fa09f
 SUITE_SEED = 2024  # of all test items

@@ -12,10 +12,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from .config import InputError, set_threads, write_beside
+from .config import InputError, root, set_threads, write_beside
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'run_reproduce', 'run_one_stage', 'run_evaluate', 'run_embed', 'run_search', 'parser', 'main']
+__all__ = ['SUFFIXES', 'run_reproduce', 'run_reference', 'run_one_stage', 'run_evaluate', 'run_embed', 'run_search', 'parser',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #5d56f88e
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -29,14 +30,16 @@ def run_reproduce(args: argparse.Namespace) -> None:
             raise InputError("--check compares all rows and claims: leave out --only")
         reference_folder(args.profile)  # refused before anything runs
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
-    folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only)
-    print(f"report   {folder / 'report.html'}\nfigures  {folder / 'figures'}\ntables   {folder / 'tables'}\nmanifest {folder / 'manifest.json'}")
+    folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only, args.cluster)
+    for title, name in (("report", "report.html"), ("figures", "figures"), ("tables", "tables"), ("manifest", "manifest.json")):
+        if (folder / name).exists():  # one item alone comes without a report
+            print(f"{title:8} {folder / name}")
     if args.check:
         _check(folder, args.profile)
 
 
 def _check(folder: Path, profile: str) -> None:
-    "Print what differs from the committed reference by more than the tolerance; InputError if something does."
+    "Print rows that differ from the committed reference by more than the tolerance, and claims whose verdict changed; InputError for rows, as a claim near its threshold may turn on its own."
     from lvlm_research.reference import check
 
     rows, claims = check(folder, profile)
@@ -44,6 +47,13 @@ def _check(folder: Path, profile: str) -> None:
         print(f"check    {len(table)} {title}" + (f"\n{table.round(2).to_string(index=False)}" if len(table) else ""))
     if len(rows):
         raise InputError(f"{len(rows)} rows do not agree with data/reference/{profile}; they are listed above")
+
+
+def run_reference(args: argparse.Namespace) -> None:
+    "Make the finished run of a profile the committed reference."
+    from lvlm_research.reference import publish
+
+    print(publish(Path(args.results) if args.results else root() / "results" / args.profile, args.profile))
 
 
 def run_one_stage(args: argparse.Namespace) -> None:
@@ -168,15 +178,19 @@ def parser() -> argparse.ArgumentParser:
 
     for name, help in (("reproduce", "regenerate every figure and table from nothing"), ("update", "rerun only what changed")):
         sub = verb(name, run_reproduce, help)
-        sub.add_argument("--profile", default="cpu", help="smoke, cpu, gpu or paper")
+        sub.add_argument("--profile", default="cpu", type=_profile, help="smoke, cpu, gpu, paper, or a .json file that extends one")
         sub.add_argument("--results", default="", help="folder (default: results/PROFILE)")
         sub.add_argument("--cores", type=int, help="cores to use (default: all)")
         sub.add_argument("--from-scratch", action="store_true", help="retrain the base checkpoints instead of using the committed ones")
         sub.add_argument("--check", action="store_true", help="then compare rows and claims with the committed reference")
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
+        sub.add_argument("--cluster", default="", metavar="DIR", help="submit the stages with this snakemake profile, for example workflow/slurm")
+    sub = verb("reference", run_reference, "make a finished run the committed reference, with the outputs of the paper's notebooks and the table of the README")
+    sub.add_argument("--profile", default="cpu", help="smoke, cpu or gpu")
+    sub.add_argument("--results", default="", help="folder of the run (default: results/PROFILE)")
     sub = verb("stage", run_one_stage, "run one notebook of the graph")
     sub.add_argument("name", help="for example tab2 or train-vladva")
-    sub.add_argument("--profile", default="smoke")
+    sub.add_argument("--profile", default="smoke", type=_profile)
     sub.add_argument("--results", default="")
     sub.add_argument("--threads", type=int)
     sub.add_argument("--from-scratch", action="store_true")
@@ -197,6 +211,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--image", help="a picture")
     sub.add_argument("--top", type=int, default=10)
     return top
+
+
+def _profile(text: str) -> str:
+    "The name of a profile, or the absolute path of its file: notebooks run in other folders."
+    return str(Path(text).resolve()) if text.endswith(".json") else text
 
 
 def _model_and_data(sub: argparse.ArgumentParser, help: str) -> None:

@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
+from .config import InputError
 from .fitting import FitModule
 from .losses import info_nce
 from .scenes import VALUES, Scenes, claim_with_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
-__all__ = ['quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'dual_batches', 'dual_recall',
-           'RecallCurve', 'patch_probe']
+__all__ = ['TOWER', 'quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'save_tower', 'load_tower',
+           'dual_batches', 'dual_recall', 'RecallCurve', 'patch_probe']
 
 # %% ../nbs/07_dual_encoder.ipynb #cfd85bbe
 def quarter_of_patch(side: int) -> np.ndarray:
@@ -85,6 +88,27 @@ class DualEncoder(FitModule):
         pooled = self.model.text_model(**{k: v.to(self.device) for k, v in tokens.items()}).pooler_output
         text = F.normalize(self.model.text_projection(pooled), dim=-1)
         return text[:n], text[n:] if len(text) > n else None
+
+# %% ../nbs/07_dual_encoder.ipynb #7483f184
+TOWER = "tower.safetensors"  # beside the weights of the CLIP that came of it
+
+
+def _tower(model: CLIPModel, regions: RegionHead) -> nn.Module:
+    return nn.ModuleDict({"vision": model.vision_model, "regions": regions})
+
+
+def save_tower(model: CLIPModel, regions: RegionHead, folder: str | Path) -> Path:
+    "Write vision tower and region head in half precision."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half().contiguous() for name, value in _tower(model, regions).state_dict().items()}, Path(folder) / TOWER)
+    return Path(folder) / TOWER
+
+
+def load_tower(model: CLIPModel, regions: RegionHead, folder: str | Path) -> None:
+    "Put a saved tower and head into a CLIP of the same size; InputError if there is none."
+    if not (Path(folder) / TOWER).is_file():
+        raise InputError(f"{Path(folder) / TOWER}: missing; train that CLIP again (lvlm-research reproduce --from-scratch)")
+    _tower(model, regions).load_state_dict(load_file(Path(folder) / TOWER))
 
 # %% ../nbs/07_dual_encoder.ipynb #50548fce
 def dual_batches(

@@ -23,10 +23,10 @@ __all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'plot
            'to_markdown', 'save_table']
 
 # %% ../nbs/14_plotting.ipynb #eedd7f3a
-MODEL_NAMES = {"clip": "CLIP", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
+MODEL_NAMES = {"clip": "CLIP", "clip-equal": "CLIP, equal pairs", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
                "vladva": "VladVA (both + AR)", "blind: shorter caption": "blind: shorter caption", "blind: word counts": "blind: word counts",
                "blind: likelier text": "blind: likelier text", "zero-shot-qwen2-vl": "Qwen2-VL, zero-shot", "vladva-qwen2-vl": "Qwen2-VL, VladVA"}
-COLOURS_OF_MODELS = dict(zip(MODEL_NAMES, ["#8c8c8c", "#5f5f5f", "#d9a441", "#6a9a58", "#8fbcd4", "#5b97bd", "#2f6f9f", "#b3353a", "#d0d0d0", "#d0d0d0", "#b8b8b8", "#e3c58f", "#d28a8e"]))
+COLOURS_OF_MODELS = dict(zip(MODEL_NAMES, ["#8c8c8c", "#b5a7a0", "#5f5f5f", "#d9a441", "#6a9a58", "#8fbcd4", "#5b97bd", "#2f6f9f", "#b3353a", "#d0d0d0", "#d0d0d0", "#b8b8b8", "#e3c58f", "#d28a8e"]))
 
 
 def use_style() -> None:
@@ -78,7 +78,9 @@ def draw_box(ax: plt.Axes, x: float, y: float, width: float, height: float, text
     "A labelled box; a red frame marks what is trained."
     style = {"boxstyle": "round,pad=0.02,rounding_size=0.08", "facecolor": colour, "edgecolor": "#b3353a" if trained else "#777777", "linewidth": 1.8 if trained else 0.8}
     ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.5)
+    lines = text.split("\n")
+    for i, line in enumerate(lines):  # one text each: an svg viewer centres a line, not a block, in a font of its own
+        ax.text(x + width / 2, y + height / 2 + 0.36 * ((len(lines) - 1) / 2 - i), line, ha="center", va="center", fontsize=8.5)
 
 
 def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:

@@ -135,7 +135,7 @@ def ask_relation(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 def ask_side(scene: Scenes, rng: np.random.Generator) -> Turn:
-    "Where is the star from the ring? 'left of it', 'above and right of it'."
+    "Where is the star from the ring? 'left of', 'above and right of'."
     cells = np.flatnonzero(scene.present[0])
     if len(cells) < 2:
         return ask_where(scene, rng)
@@ -199,9 +199,9 @@ IMAGE_QUESTIONS = {  # kind -> weight in the mixture
 
 # %% ../nbs/10_pretraining.ipynb #8e3482ed
 CURRICULUM = (  # share of the steps, mixture
-    (0.20, {ask_place: 5, ask_where: 4, ask_half: 3, ask_colour: 3, ask_attribute: 3, ask_relation: 1, ask_presence: 1}),
+    (0.30, {ask_place: 5, ask_where: 4, ask_half: 3, ask_colour: 3, ask_attribute: 3, ask_relation: 1, ask_presence: 1}),
     (0.20, {ask_side: 5, ask_relation: 4, ask_truth: 3, ask_where: 2, ask_place: 1, ask_colour: 1, ask_attribute: 1, ask_presence: 1, ask_summary: 1, ask_brief: 1}),
-    (0.60, IMAGE_QUESTIONS),
+    (0.50, IMAGE_QUESTIONS),
 )
 
 
@@ -240,15 +240,13 @@ def read_meaning(scene: Scenes, rng: np.random.Generator) -> Turn:
 
 
 def read_attribute(scene: Scenes, rng: np.random.Generator) -> Turn:
-    "The colour or the shape of an object that a caption names."
-    number = min(int(scene.present.sum()), 2)
-    claim = short_claim(scene, rng, "relation" if number == 2 else "place")
-    asked, other = claim.mentions[0], claim.mentions[-1]
-    name = "colour" if number == 1 or asked.shape != other.shape else "shape"
-    if number == 2 and asked.shape == other.shape and asked.colour == other.colour:
-        return read_summary(scene, rng)
-    known = Mention(shape=asked.shape) if name == "colour" else Mention(colour=asked.colour)
-    return Turn("text attribute", f"{say(claim, rng)}\nwhat {name} is {_the(known, rng)}?", getattr(asked, name))
+    "The colour or the shape of an object that a caption names, where the other of the two singles it out among all that it names."
+    claim = short_claim(scene, rng, "relation" if scene.present.sum() > 1 else "place")
+    asked, *others = claim.mentions
+    for name, known in (("colour", Mention(shape=asked.shape)), ("shape", Mention(colour=asked.colour))):
+        if not any(known in (Mention(shape=m.shape), Mention(colour=m.colour)) for m in others):
+            return Turn("text attribute", f"{say(claim, rng)}\nwhat {name} is {_the(known, rng)}?", getattr(asked, name))
+    return read_summary(scene, rng)
 
 
 def read_side(scene: Scenes, rng: np.random.Generator) -> Turn:
@@ -256,8 +254,8 @@ def read_side(scene: Scenes, rng: np.random.Generator) -> Turn:
     if scene.present.sum() < 2:
         return read_attribute(scene, rng)
     claim = short_claim(scene, rng, "relation")
-    one, other = (Mention(m.shape, m.colour) for m in claim.mentions[:2])
-    if one == other:
+    one, other, *rest = (Mention(m.shape, m.colour) for m in claim.mentions)
+    if one == other or {one, other} & set(rest):
         return read_attribute(scene, rng)
     asked, answer = ((one, other), claim.relation) if rng.random() < 0.5 else ((other, one), INVERSE[claim.relation])
     return Turn("text side", f"{say(claim, rng)}\non which side of {_the(asked[1], rng)} is {_the(asked[0], rng)}?", answer)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, check_card, root, write_text
+from .config import InputError, check_card, profile_of, root, sha256, write_text
 from .reproduce import RESULTS_VERSION, stages
 from .tables import readme_table
 
 # %% auto #0
-__all__ = ['FLOOR', 'PUBLISHED', 'ADAPTERS', 'reference_folder', 'compare_rows', 'check', 'publish', 'with_results',
-           'write_readme']
+__all__ = ['FLOOR', 'PUBLISHED', 'ADAPTERS', 'reference_folder', 'compare_rows', 'check', 'check_finished', 'publish',
+           'with_results', 'write_readme']
 
 # %% ../nbs/15a_reference.ipynb #7fb319fb
 _KEYS = ["model", "benchmark", "subset", "metric"]
@@ -27,6 +27,7 @@ FLOOR = 1.0  # percentage points that never count as a difference
 
 def reference_folder(profile: str) -> Path:
     "The committed results of a profile; InputError if there are none, or if they are of another format."
+    profile = profile_of(profile).name
     folder = root() / "data" / "reference" / profile
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -55,20 +56,33 @@ def check(results: Path, profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     changed = claims[claims["verdict reference"] != claims["verdict new"]]
     return rows[~rows.agrees], changed[["name", "value reference", "value new", "verdict reference", "verdict new"]]
 
+# %% ../nbs/15a_reference.ipynb #87c2484d
+def check_finished(results: Path, profile: str) -> Path:
+    "The results folder, if its run may become a reference: whole, of that profile, on code that is in a commit and, at cpu, from the committed base. InputError otherwise."
+    results, update = Path(results).resolve(), f"run `lvlm-research update --profile {profile}` first"
+    try:
+        manifest = json.loads((results / "manifest.json").read_text())
+        revision = manifest["run"]["revision"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{results}: holds no finished run (no readable manifest.json); {update}") from None
+    if manifest.get("profile") != profile:
+        raise InputError(f"{results}: holds results of profile {manifest.get('profile')!r}, not {profile!r}")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise InputError(f"{results}: was made by revision {revision!r}; a reference needs a clean commit")
+    if missing := [name for stage in stages(profile) for name in stage.writes if not (results / name).is_file()]:
+        raise InputError(f"{results}: is not whole, {missing[0]} is missing; {update}")
+    if profile == "cpu" and sha256(results / "models/base/model.safetensors") != sha256(root() / "data/checkpoints/llava-micro/model.safetensors"):
+        raise InputError(f"{results / 'models/base'}: is not the committed base; copy it to data/checkpoints/llava-micro first, so that the adapters have theirs")
+    return results
+
 # %% ../nbs/15a_reference.ipynb #6d9164d5
 PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv", "models/base/facts.json")
 ADAPTERS = ("vladva", "e5v")  # that notebooks read when they are opened alone
 
 
 def publish(results: Path, profile: str) -> Path:
-    "Make a finished run the committed reference of its profile; InputError if it is not whole, or ran on code that is in no commit."
-    results = Path(results).resolve()
-    try:
-        revision = json.loads((results / "manifest.json").read_text())["run"]["revision"]
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{results}: holds no finished run (no readable manifest.json); run `lvlm-research update --profile {profile}` first") from None
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise InputError(f"{results}: was made by revision {revision!r}; a reference needs a clean commit")
+    "Make a finished run the committed reference of its profile."
+    results = check_finished(results, profile)
     target = root() / "data" / "reference" / profile
     shutil.rmtree(target, ignore_errors=True)
     for pattern in PUBLISHED:

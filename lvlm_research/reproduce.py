@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -42,14 +42,14 @@ class Stage:
     parameters: dict = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()  # files of the repository that the notebook reads
+    inputs: tuple[str, ...] = ()  # files that the notebook reads besides: of the repository, or a profile of one's own
     gpu: bool = False  # takes the GPU where there is one
     threads: int = 1  # 0 for all cores
     priority: int = 0  # what takes long starts first
 
 # %% ../nbs/15_reproduce.ipynb #b121a9e9
 TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
-EVALUATED = ("clip", "negclip", "zero-shot", *TRAINED)
+EVALUATED = ("clip", "clip-equal", "negclip", "zero-shot", *TRAINED)
 BACKBONES = {"qwen2-vl": {"backbone": "qwen2-vl"}}  # besides the LLaVA of every other row, with the parameters of notebook 10 that make them; each is evaluated before and after VladVA
 OF_BACKBONES = ("zero-shot", "vladva", *(f"{m}-{b}" for b in BACKBONES for m in ("zero-shot", "vladva")))  # rows of tables 5 to 7
 ROWS = tuple(dict.fromkeys((*EVALUATED, *OF_BACKBONES, "blind")))  # of a run
@@ -104,7 +104,7 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
         Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
         Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed(checkpoint()), gpu=True, threads=0, priority=9),
         Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
-        Stage("dual-negclip", "11_train_dual_encoder", {"model": "negclip"}, (_model_file("clip"),), (_model_file("negclip"),), gpu=True, priority=7),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, (_model_file("clip"),), (_model_file(m),), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
         *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, (_model_file("clip"),), (_model_file(f"zero-shot-{b}"),), committed(checkpoint(b)), gpu=True, threads=0, priority=7)
           for b, parameters in BACKBONES.items()),
         *(train(v) for v in TRAINED),
@@ -132,13 +132,13 @@ def _items() -> list[Stage]:
 # %% ../nbs/15_reproduce.ipynb #da9fa625
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile, in an order in which it can run."
-    if profile == "paper":
-        raise InputError("profile 'paper' needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
+    if profile_of(profile).size == "checkpoint":
+        raise InputError(f"profile {profile!r} needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
     from_scratch = from_scratch or profile_of(profile).size != "micro"  # committed checkpoints are micro
     models = _models(profile, from_scratch)
     items, with_items = _items(), [m for m in ROWS if m != "blind"]
     claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in with_items), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
-    return [
+    graph = [
         *models,
         Stage("benchmarks", "31_benchmarks", {}, (), (SUITE,), priority=7),
         *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in with_items),
@@ -148,6 +148,7 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
         claims,
         Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *(f"rows/{m}.csv" for m in ROWS), *claims.writes), ("rows.csv", "manifest.json", "report.html")),
     ]
+    return [replace(s, inputs=(*s.inputs, profile)) for s in graph] if profile.endswith(".json") else graph
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
 def stage_of(name: str, graph: list[Stage]) -> Stage:
@@ -244,6 +245,11 @@ def fingerprint(stage: Stage) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/15_reproduce.ipynb #70a19665
+def _owner(profile: str) -> dict:
+    "What `profile.json` says of a profile: its name and, where it is a person's own, its file."
+    return {"profile": profile_of(profile).name, "file": profile if profile.endswith(".json") else None}
+
+
 def _mark(folder: Path) -> dict:
     "Whose results folder it is."
     try:
@@ -254,19 +260,19 @@ def _mark(folder: Path) -> dict:
 
 def results_folder(profile: str, results: str = "") -> Path:
     "The results folder of a profile, made and claimed if new."
-    profile_of(profile)
-    folder = Path(results) if results else root() / "results" / profile
+    name, owner = profile_of(profile).name, _owner(profile)
+    folder = Path(results) if results else root() / "results" / name
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder; name another for --results")
     mark = folder / "profile.json"
     if mark.is_file():
-        owner = _mark(folder).get("profile")
-        if owner != profile:
-            raise InputError(f"{folder}: holds results of profile {owner!r}, not {profile!r}; use another folder or remove it")
+        found = {key: _mark(folder).get(key) for key in owner}
+        if found != owner:
+            raise InputError(f"{folder}: holds results of profile {found['file'] or found['profile']!r}, not {owner['file'] or name!r}; use another folder or remove it")
     elif folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
-        write_text(mark, json.dumps({"profile": profile}) + "\n")
+        write_text(mark, json.dumps(owner) + "\n")
     return folder
 
 
@@ -347,13 +353,13 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
 IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
 
 
-def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str]) -> int:
+def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--cores", str(cores),
-               "--resources", f"gpu={gpus}", "--rerun-incomplete", "--nolock", "--keep-going", "--quiet", "all",
-               "--config", f"profile={profile}", f"from_scratch={from_scratch}", "--", *targets]
-    return subprocess.run(command, cwd=root(), env=os.environ | {IN_GRAPH: "1"}).returncode
+    here = ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--nolock",
+               *(["--profile", str(Path(cluster).resolve())] if cluster else here), "--config", f"profile={profile}", f"from_scratch={from_scratch}", *([] if cluster else [f"cores={cores}"]), "--", *targets]
+    return subprocess.run(command, cwd=root()).returncode
 
 
 def has_snakemake() -> bool:
@@ -400,23 +406,26 @@ def run_graph(
     from_scratch: bool = False,  # retrain the base checkpoints
     cores: int | None = None,  # default: all
     only: str = "",  # one stage and what it needs; the rest is left as it is
+    cluster: str = "",  # folder with a snakemake profile that names an executor, such as workflow/slurm
 ) -> Path:
     "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and a report that says what is missing."
     needed_for(only or "report", stages(profile))
+    if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
+        raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
         if fresh:
             shutil.rmtree(folder)
             results_folder(profile, str(folder))
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
-        write_text(folder / "profile.json", json.dumps({"profile": profile, "from_scratch": from_scratch}) + "\n")
+        write_text(folder / "profile.json", json.dumps(_owner(profile) | {"from_scratch": from_scratch}) + "\n")
         graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
-        print(f"profile {profile}: {len(graph)} stages on {cores} cores into {folder}", flush=True)
+        print(f"profile {profile}: {len(graph)} stages on {f'the cluster of {cluster}' if cluster else f'{cores} cores'} into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
             if (folder / "status" / f"{stage.name}.json").exists() and not is_current(stage, folder):
                 for name in stage.writes:
                     (folder / name).unlink(missing_ok=True)
-        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes)) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
+        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
         if code:
             write_report(folder, profile)
     if code:
@@ -452,7 +461,7 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
     status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
-    return {"format": RESULTS_VERSION, "profile": profile, "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """
@@ -460,8 +469,8 @@ body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1
 h1{font-size:1.6rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e5e5e5;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #999}
-table.reported td{color:#666;font-style:italic}table.claims td,table.claims th{white-space:normal;text-align:left;vertical-align:top}p.missing{color:#b3353a}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0}figure svg,figure img{max-width:100%;height:auto}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}thead th{border-bottom:2px solid #999}
+table.reported td{color:#666;font-style:italic}table.claims td,table.claims th{white-space:normal;text-align:left;vertical-align:top}p.missing{color:#b3353a}h3{font-size:.95rem;color:#555;margin:.8rem 0 .2rem}figure{margin:1rem 0;overflow-x:auto}figure svg{width:100%;min-width:38rem;height:auto}
 pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.7rem}.note{color:#555}
 """
 
@@ -552,5 +561,5 @@ def report_sections(results: Path, record: dict) -> Iterator[tuple[str, str, str
 
 def write_report(results: Path, profile: str) -> Path:
     "Write report.html from what is there."
-    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile), report_sections(results, manifest(results, profile)))
+    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile_of(profile).name), report_sections(results, manifest(results, profile)))
     return write_text(results / "report.html", page)

@@ -115,7 +115,7 @@ def novel_objects(scenes: Scenes) -> np.ndarray:
     return (scenes.present & _HELD_OUT[scenes.shape, scenes.colour]).sum(1)
 
 # %% ../nbs/01_scenes.ipynb #104e52f9
-COUNTS = (1, 2, 2, 2, 2, 2, 2, 3, 3, 3)  # numbers of objects that scenes are drawn with; repeats are weights
+COUNTS = (1, 2, 2, 3, 3, 3, 3, 3, 3, 3)  # numbers of objects that scenes are drawn with; repeats are weights
 
 
 def _draw(n: int, rng: np.random.Generator, counts: tuple[int, ...], palette: dict[str, np.ndarray] | None = None) -> Scenes:

@@ -64,7 +64,8 @@ def budgets(results: Path) -> pd.DataFrame:
     "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
     read = lambda name: json.loads((results / "models" / name / "card.json").read_text()) if (results / "models" / name / "card.json").is_file() else {}
     base, clip = read("base"), read("clip")
-    origins = {"clip": f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes", "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
+    taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
+    origins = {"clip": taught, "clip-equal": taught, "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
     cards = []
     for name, label in MODEL_NAMES.items():
         if card := read(name):
@@ -83,7 +84,7 @@ def readme_table(reference: Path) -> str:
         found = rows[rows.model == model].set_index(["subset", "metric"])
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
         cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
-        stage = {"clip": "dual-clip", "negclip": "dual-negclip", "zero-shot": "base"}.get(model, f"train-{model}")
+        stage = {"zero-shot": "base"}.get(model, f"dual-{model}" if "clip" in model else f"train-{model}")
         pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
         lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
                      f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`lvlm-research stage {stage} --profile {manifest['profile']}`"]) + " |")

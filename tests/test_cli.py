@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import CHECKPOINTS, fails_in_one_line, run
+from lvlm_research.benchmarks import load_suite
 from lvlm_research.reproduce import exclusive
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
@@ -68,6 +69,9 @@ def test_a_broken_image_is_named(folder):
 
 @pytest.mark.parametrize("argv, says", [
     (("reproduce", "--profile", "tiny"), "unknown profile 'tiny': use one of smoke, cpu, gpu, paper"),
+    (("reproduce", "--profile", "tiny", "--check"), "unknown profile 'tiny'"),
+    (("reproduce", "--profile", "smoke", "--cluster", "nowhere"), "needs snakemake (Python 3.11 or newer), and a folder with its config.yaml"),
+    (("reference", "--results", "nowhere"), "nowhere: holds no finished run"),
     (("evaluate", "--model", "no/model", "--data", "."), "captions.jsonl: no such file"),
     (("stage", "tab99"), "unknown stage 'tab99'"),
     (("stage", "tab2", "-p", "bogus=1"), "unknown parameter 'bogus'"),
@@ -76,6 +80,19 @@ def test_a_broken_image_is_named(folder):
 ])
 def test_bad_arguments(argv, says):
     fails_in_one_line(*argv, says=says)
+
+
+def test_a_profile_of_ones_own(tmp_path):
+    profile = tmp_path / "quick.json"
+    profile.write_text('{"extends": "smoke", "train_step": 2}')
+    fails_in_one_line("reproduce", "--profile", str(profile), says="quick.json: unknown key 'train_step'")
+    profile.write_text('{"extends": "smoke", "retrieval_images": 20}')
+    run("stage", "benchmarks", "--profile", str(profile), "--results", str(tmp_path / "results"))
+    assert len(load_suite(tmp_path / "results/benchmarks/suite.npz")[0].images) == 20
+    assert json.loads((tmp_path / "results/profile.json").read_text())["profile"] == "quick"
+    (tmp_path / "other").mkdir()
+    shutil.copy(profile, tmp_path / "other")  # of the same name, but another file
+    fails_in_one_line("stage", "benchmarks", "--profile", str(tmp_path / "other/quick.json"), "--results", str(tmp_path / "results"), says="holds results of profile")
 
 
 def test_a_model_folder_that_is_none(folder):

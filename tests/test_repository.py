@@ -1,6 +1,7 @@
 "The repository keeps its own rules: sync, parameters cells, one place for requirements, a fast command line."
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from packaging.requirements import Requirement
 from conftest import ROOT
 from lvlm_research.claims import Evidence, judge
 from lvlm_research.config import sha256
-from lvlm_research.evaluation import load_scores
-from lvlm_research.metrics import bootstrap_mean
+from lvlm_research.benchmarks import Score
+from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
-from lvlm_research.reproduce import EVALUATED, declared_parameters, stages
+from lvlm_research.reproduce import EVALUATED, declared_parameters, fingerprint, stages
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
@@ -58,6 +59,17 @@ def test_the_graph_uses_only_declared_parameters():
     for stage in stages("cpu"):
         declared = declared_parameters(ROOT / "nbs" / "paper" / f"{stage.notebook}.ipynb")
         assert set(stage.parameters) <= set(declared)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="snakemake needs Python 3.11")
+def test_on_a_slurm_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path):
+    command = ["-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(tmp_path), "--profile", "workflow/slurm", "--config", "profile=gpu", "--dry-run", "--printshellcmds"]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    jobs = {block.split(":")[0]: block for block in re.split(r"^rule ", result.stdout + result.stderr, flags=re.M)[1:]}
+    assert {s.name for s in stages("gpu")} <= set(jobs)
+    for name, gpus in (("train-vladva", 1), ("tab4", 0)):
+        assert f"gpu={gpus}" in jobs[name] and f"cli stage {name} --profile gpu --results . --threads 1" in jobs[name]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -99,10 +111,29 @@ def test_the_rows_and_claims_of_the_reference_follow_from_the_items_beside_them(
     folder = reference_folder("cpu")
     rows = pd.read_csv(folder / "rows.csv").set_index(["model", "benchmark", "subset", "metric"])
     for model in EVALUATED:
-        for key, (values, groups) in load_scores(folder / "items" / f"{model}.npz").items():
-            row = rows.loc[(model, *key)]
-            assert [row.value, row.ci_low, row.ci_high] == pytest.approx([100 * x for x in bootstrap_mean([values], [groups])], abs=1e-3) and row.n == len(values)
+        scores = {}
+        for (benchmark, subset, metric), (values, groups) in load_scores(folder / "items" / f"{model}.npz").items():
+            scores.setdefault(benchmark, []).append(Score(subset, metric, values, 0.0, groups))
+        again = tidy_rows(scores, model=model).set_index(["model", "benchmark", "subset", "metric"])
+        kept, columns = rows.xs(model, drop_level=False), ["value", "n", "ci_low", "ci_high"]
+        assert set(again.index) == set(kept.index)  # the means over categories too
+        assert again.loc[kept.index, columns].to_numpy() == pytest.approx(kept[columns].to_numpy(), abs=1e-3)
     assert judge(Evidence(folder)).verdict.tolist() == pd.read_csv(folder / "claims.csv").verdict.tolist()
+
+
+def test_a_changed_profile_file_changes_every_stage(tmp_path):
+    file = tmp_path / "quick.json"
+    prints = []
+    for steps in (2, 3):
+        file.write_text(json.dumps({"extends": "smoke", "train_steps": steps}))
+        prints.append({s.name: fingerprint(s) for s in stages(str(file))})
+    assert prints[0].keys() == prints[1].keys() and not any(prints[0][name] == prints[1][name] for name in prints[0])
+
+
+def test_no_file_names_a_path_of_a_machine():
+    texts = [p for folder in ("nbs", "data", "lvlm_research", "workflow") for p in (ROOT / folder).rglob("*") if p.suffix in (".ipynb", ".py", ".json", ".csv", ".md", ".yaml", ".svg")]
+    assert len(texts) > 60
+    assert [str(p.relative_to(ROOT)) for p in [*texts, ROOT / "README.md"] if re.search(r"(?<![\w.~])/(tmp|home|root|work|Users)/", p.read_text(encoding="utf-8"))] == []
 
 
 def test_the_installed_versions_are_the_locked_ones():

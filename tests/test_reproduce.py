@@ -120,10 +120,13 @@ def test_one_item_alone_runs_just_what_it_needs(clone, tmp_path):
 def test_a_run_is_checked_against_the_reference(clone):
     reference = clone / "data" / "reference" / "smoke"
     assert lvlm(clone, "update", "--profile", "smoke", "--check").returncode == 2  # there is no reference of this profile yet
-    reference.mkdir()
-    for name in ("rows.csv", "claims.csv", "manifest.json"):
-        shutil.copy(clone / "results" / "smoke" / name, reference / name)
+    assert lvlm(clone, "stage", "report", "--profile", "smoke").returncode == 0
+    assert "needs a clean commit" in lvlm(clone, "reference", "--profile", "smoke").stderr
+    for command in (("init", "-q"), ("add", "-A"), ("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x")):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    assert lvlm(clone, "stage", "report", "--profile", "smoke").returncode == 0
     try:
+        assert lvlm(clone, "reference", "--profile", "smoke").returncode == 0
         assert lvlm(clone, "update", "--profile", "smoke", "--check").returncode == 0
         rows = pd.read_csv(reference / "rows.csv")
         rows.loc[3, ["value", "ci_low", "ci_high"]] += 80.0
@@ -136,6 +139,7 @@ def test_a_run_is_checked_against_the_reference(clone):
         assert result.returncode == 2 and "format 1" in result.stderr
     finally:
         shutil.rmtree(reference)
+        shutil.rmtree(clone / ".git")
 
 
 def test_a_changed_checkpoint_is_refused_by_name(clone, tmp_path):
