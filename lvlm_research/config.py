@@ -23,7 +23,7 @@ __all__ = ['MODEL_SIZES', 'PRECISIONS', 'PROFILES', 'PACKAGES', 'Profile', 'Inpu
            'run_identity', 'available_cores', 'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
-MODEL_SIZES = ("micro", "mini", "small", "checkpoint")  # of models; notebook 05 says what they are
+MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")  # Lightning's names
 
 

@@ -23,10 +23,10 @@ __all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'plot
            'to_markdown', 'save_table']
 
 # %% ../nbs/14_plotting.ipynb #eedd7f3a
-MODEL_NAMES = {"clip": "CLIP", "clip-equal": "CLIP, equal pairs", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
+MODEL_NAMES = {"clip": "CLIP", "clip-large": "CLIP, larger", "clip-equal": "CLIP, equal pairs", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
                "vladva": "VladVA (both + AR)", "blind: shorter caption": "blind: shorter caption", "blind: word counts": "blind: word counts",
-               "blind: likelier text": "blind: likelier text", "zero-shot-qwen2-vl": "Qwen2-VL, zero-shot", "vladva-qwen2-vl": "Qwen2-VL, VladVA"}
-COLOURS_OF_MODELS = dict(zip(MODEL_NAMES, ["#8c8c8c", "#b5a7a0", "#5f5f5f", "#d9a441", "#6a9a58", "#8fbcd4", "#5b97bd", "#2f6f9f", "#b3353a", "#d0d0d0", "#d0d0d0", "#b8b8b8", "#e3c58f", "#d28a8e"]))
+               "blind: likelier text": "blind: likelier text", "zero-shot-llava-large": "larger LLaVA, zero-shot", "vladva-llava-large": "larger LLaVA, VladVA", "zero-shot-qwen2-vl": "Qwen2-VL, zero-shot", "vladva-qwen2-vl": "Qwen2-VL, VladVA"}
+COLOURS_OF_MODELS = dict(zip(MODEL_NAMES, ["#8c8c8c", "#6f7f8c", "#b5a7a0", "#5f5f5f", "#d9a441", "#6a9a58", "#8fbcd4", "#5b97bd", "#2f6f9f", "#b3353a", "#d0d0d0", "#d0d0d0", "#b8b8b8", "#dcb45f", "#c4575c", "#e3c58f", "#d28a8e"]))
 
 
 def use_style() -> None:

@@ -25,12 +25,11 @@ from filelock import FileLock, Timeout
 from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
-           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'checkpoint', 'stages', 'stage_of', 'needed_for',
-           'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint',
-           'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current',
-           'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
-           'report_sections', 'write_report']
+__all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
+           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'stages', 'stage_of', 'needed_for', 'notebook_path',
+           'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact',
+           'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest',
+           'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ class Stage:
 
 # %% ../nbs/15_reproduce.ipynb #b121a9e9
 TRAINED = ("soft", "lora", "both", "vladva", "e5v")  # with something to train
-EVALUATED = ("clip", "clip-equal", "negclip", "zero-shot", *TRAINED)
-BACKBONES = {"qwen2-vl": {"backbone": "qwen2-vl"}}  # besides the LLaVA of every other row, with the parameters of notebook 10 that make them; each is evaluated before and after VladVA
+EVALUATED = ("clip", "clip-large", "clip-equal", "negclip", "zero-shot", *TRAINED)
+BACKBONES = {"llava-large": {"size": "larger"}, "qwen2-vl": {"backbone": "qwen2-vl"}}  # besides the LLaVA of every other row, with the parameters of notebook 10 that make them; each is evaluated before and after VladVA
+COMMITTED = {"clip": "clip-micro", "clip-large": "clip-mini", "base": "llava-micro", "llava-large": "llava-mini", "qwen2-vl": "qwen2-vl-micro"}  # folder in models -> checkpoint under data/checkpoints
 OF_BACKBONES = ("zero-shot", "vladva", *(f"{m}-{b}" for b in BACKBONES for m in ("zero-shot", "vladva")))  # rows of tables 5 to 7
 ROWS = tuple(dict.fromkeys((*EVALUATED, *OF_BACKBONES, "blind")))  # of a run
 ITEMS = {  # of the paper -> what the report says of it
@@ -79,12 +79,6 @@ def model_folder(row: str) -> str:
     return {"zero-shot": "base", "blind": "base"}.get(row, row.removeprefix("zero-shot-"))
 
 
-def checkpoint(backbone: str = "") -> str:
-    "Name under data/checkpoints of a backbone's committed base; the LLaVA micro by default."
-    made = BACKBONES.get(backbone, {})
-    return f"{made.get('backbone', 'llava')}-{made.get('size', 'micro')}"
-
-
 def _model_file(row: str) -> str:
     "The file that stands for a model in the graph: its card, which holds the hash of the weights."
     return f"models/{model_folder(row)}/card.json"
@@ -92,7 +86,7 @@ def _model_file(row: str) -> str:
 
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
-    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{name}/{file}" for file in ("card.json", "model.safetensors"))
+    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{COMMITTED[name]}/{file}" for file in ("card.json", "model.safetensors"))
 
     def train(variant: str, backbone: str = "", **more) -> Stage:
         name, start = (f"{variant}-{backbone}", f"zero-shot-{backbone}") if backbone else (variant, "zero-shot")
@@ -101,11 +95,11 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
                      priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
 
     return [
-        Stage("dual-clip", "11_train_dual_encoder", {"model": "clip", "from_scratch": from_scratch}, (), (_model_file("clip"),), committed("clip-micro"), gpu=True, threads=0, priority=9),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed(checkpoint()), gpu=True, threads=0, priority=9),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), (_model_file(m),), committed(m), gpu=True, threads=0, priority=9) for m in ("clip", "clip-large")),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("base"), gpu=True, threads=0, priority=9),
         Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
         *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, (_model_file("clip"),), (_model_file(m),), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
-        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, (_model_file("clip"),), (_model_file(f"zero-shot-{b}"),), committed(checkpoint(b)), gpu=True, threads=0, priority=7)
+        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, (_model_file("clip"),), (_model_file(f"zero-shot-{b}"),), committed(b), gpu=True, threads=0, priority=7)
           for b, parameters in BACKBONES.items()),
         *(train(v) for v in TRAINED),
         *(train("vladva", b) for b in BACKBONES),

@@ -63,13 +63,15 @@ def save_measures(
 def budgets(results: Path) -> pd.DataFrame:
     "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
     read = lambda name: json.loads((results / "models" / name / "card.json").read_text()) if (results / "models" / name / "card.json").is_file() else {}
-    base, clip = read("base"), read("clip")
+    clip = read("clip")
     taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
-    origins = {"clip": taught, "clip-equal": taught, "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
+    origins = {"clip": taught, "clip-large": taught, "clip-equal": taught, "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
     cards = []
     for name, label in MODEL_NAMES.items():
         if card := read(name):
-            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes, tower of CLIP)")
+            base = read(Path(card.get("base", "")).name)
+            tower = ", tower of CLIP" if "Llava" in base.get("model", "") else ""
+            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes{tower})")
             cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
     return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
 
@@ -84,7 +86,7 @@ def readme_table(reference: Path) -> str:
         found = rows[rows.model == model].set_index(["subset", "metric"])
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
         cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
-        stage = {"zero-shot": "base"}.get(model, f"dual-{model}" if "clip" in model else f"train-{model}")
+        stage = f"dual-{model}" if "clip" in model else model.replace("zero-shot", "base") if model.startswith("zero-shot") else f"train-{model}"
         pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
         lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
                      f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`lvlm-research stage {stage} --profile {manifest['profile']}`"]) + " |")
