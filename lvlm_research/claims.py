@@ -116,7 +116,9 @@ STATEMENTS = (
               note="With the adapter off both are the base, to the word."),
     Statement("text-only test below E5-V", "Without a text-text loss it is worse than E5-V at telling texts apart.", "TOT, seven categories, E5-V style - VladVA", lambda e: e.contrast({"e5v": 1, "vladva": -1}, TEXT_ONLY),
               note="E5-V's triplets are paraphrases and contradictions by the rules that make the test."),
-    Statement("holds across backbones", "The gain does not hang on one family of models.", "R@1, VladVA - zero-shot, Qwen2-VL, mean of both directions", lambda e: e.contrast({"vladva-qwen2-vl": 1, "zero-shot-qwen2-vl": -1}, RECALL),
+    Statement("holds across sizes", "A larger model of the same family gains too.", "R@1, VladVA - zero-shot, larger LLaVA, mean of both directions", lambda e: e.contrast({"vladva-llava-large": 1, "zero-shot-llava-large": -1}, RECALL),
+              note="One size up; the prompt is the one that was chosen with the smaller LLaVA."),
+    Statement("holds across families", "The gain does not hang on one family of models.", "R@1, VladVA - zero-shot, Qwen2-VL, mean of both directions", lambda e: e.contrast({"vladva-qwen2-vl": 1, "zero-shot-qwen2-vl": -1}, RECALL),
               note="A Qwen2-VL of the same size; the prompt is the one that was chosen with LLaVA."),
     Statement("retrieval above E5-V", "Pictures in training beat texts alone.", "R@1, VladVA - E5-V style, mean of both directions", lambda e: e.contrast({"vladva": 1, "e5v": -1}, RECALL), note="Equal pairs and steps."),
 )
