@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,20 +93,19 @@ def only_split(data: Dataset, split: str) -> Dataset:
     return data.select(kept)
 
 # %% ../nbs/03_datasets.ipynb #7a842861
-def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train") -> Callable[[], Iterator[list[Pair]]]:
-    "An endless stream of scenes, in albums, with a fresh short and a fresh long caption each."
+def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train") -> Callable[[int], list[Pair]]:
+    "The batch of any step: scenes, in albums, with a fresh short and a fresh long caption each."
 
-    def make() -> Iterator[list[Pair]]:
-        rng = np.random.default_rng(seed)
-        while True:
-            scenes = sample_albums(batch_size, rng, split)
-            yield [Pair(image, short_caption(s, rng), long_caption(s, rng)) for image, s in zip(scene_images(scenes, image_size), scenes)]
+    def draw(step: int) -> list[Pair]:
+        rng = np.random.default_rng([seed, step])
+        scenes = sample_albums(batch_size, rng, split)
+        return [Pair(image, short_caption(s, rng), long_caption(s, rng)) for image, s in zip(scene_images(scenes, image_size), scenes)]
 
-    return make
+    return draw
 
 
-def folder_pairs(data: Dataset, batch_size: int, tokenizer, seed: int) -> Callable[[], Iterator[list[Pair]]]:
-    "An endless shuffled stream over a folder: per visit one of the record's short captions and one of its long ones, sorted by token count. InputError if no caption is short."
+def folder_pairs(data: Dataset, batch_size: int, tokenizer, seed: int) -> Callable[[int], list[Pair]]:
+    "The batch of any step, in a new order every epoch: per visit one of the record's short captions and one of its long ones, sorted by token count. InputError if no caption is short."
     lengths = [[len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] for captions in data["captions"]]
     if not any(n < SHORT_TOKENS for record in lengths for n in record):
         raise InputError(f"no caption has fewer than {SHORT_TOKENS} tokens: the contrastive loss needs short ones; add a short caption per picture")
@@ -118,14 +117,15 @@ def folder_pairs(data: Dataset, batch_size: int, tokenizer, seed: int) -> Callab
         long = [c for c, n in captions if SHORT_TOKENS <= n <= LONG_TOKENS]
         return Pair(open_image(data[index]["image"]), choose(short, rng), choose(long, rng))
 
-    def make() -> Iterator[list[Pair]]:
-        rng = np.random.default_rng(seed)
-        while True:
-            order = rng.permutation(len(data)).tolist()
-            for start in range(0, len(order) - min(batch_size, len(order)) + 1, batch_size):
-                yield [visit(i, rng) for i in order[start : start + batch_size]]
+    per_epoch = max(len(data) // batch_size, 1)  # the rest of an epoch is left out, unless it is all there is
 
-    return make
+    def draw(step: int) -> list[Pair]:
+        epoch, number = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))[number * batch_size :][:batch_size]
+        rng = np.random.default_rng([seed, epoch, number])
+        return [visit(i, rng) for i in order.tolist()]
+
+    return draw
 
 # %% ../nbs/03_datasets.ipynb #a2d9b1bd
 @dataclass
@@ -140,21 +140,21 @@ class JointBatch:
 
 def joint_batches(
     templates: Templates,
-    pairs: Callable[[], Iterator[list[Pair]]],
+    pairs: Callable[[int], list[Pair]],
     with_long: bool = True,  # predict the long captions after the picture
     contrast_long: bool = False,  # use the long captions as texts too, instead of the short ones
-) -> Callable[[], Iterator[JointBatch]]:
-    "Collate a stream of pairs for one model."
+) -> Callable[[int], JointBatch]:
+    "The pairs of any step, collated for one model."
 
-    def make() -> Iterator[JointBatch]:
-        for batch in pairs():
-            image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
-            texts = [p.long if contrast_long else p.short for p in batch]
-            short = [t for t in texts if t]
-            number = torch.tensor([short.index(s) for s in short])
-            yield JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
+    def draw(step: int) -> JointBatch:
+        batch = pairs(step)
+        image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
+        texts = [p.long if contrast_long else p.short for p in batch]
+        short = [t for t in texts if t]
+        number = torch.tensor([short.index(s) for s in short])
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
 
-    return make
+    return draw
 
 # %% ../nbs/03_datasets.ipynb #92f40d26
 @dataclass
@@ -166,14 +166,13 @@ class TextBatch:
     contradiction: Sequences
 
 
-def text_batches(templates: Templates, batch_size: int, seed: int, split: str = "train") -> Callable[[], Iterator[TextBatch]]:
-    "An endless stream of triplets about scenes that nobody sees, in albums."
+def text_batches(templates: Templates, batch_size: int, seed: int, split: str = "train") -> Callable[[int], TextBatch]:
+    "The triplets of any step, about scenes that nobody sees, in albums."
 
-    def make() -> Iterator[TextBatch]:
-        rng = np.random.default_rng(seed)
-        while True:
-            pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
-            texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
-            yield TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
+    def draw(step: int) -> TextBatch:
+        rng = np.random.default_rng([seed, step])
+        pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
+        texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
+        return TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
 
-    return make
+    return draw
