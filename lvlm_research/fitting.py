@@ -10,12 +10,13 @@ import itertools
 import logging
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -146,13 +147,26 @@ class KeepState(L.Callback):
             self.written = time.monotonic()
 
 
+def _bytes(value) -> Iterator[bytes]:
+    "What a batch holds, the same in every process (pickles are not)."
+    if torch.is_tensor(value):
+        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray):
+        yield value.tobytes()
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.items() if isinstance(value, dict) else value:
+            yield from _bytes(item)
+    elif is_dataclass(value):
+        yield from _bytes(vars(value))
+    else:
+        yield repr(value).encode()
+
+
 def _owner(module: FitModule, draw: Callable[[int], object], steps: int, precision: str) -> str:
     "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
     digest = hashlib.sha256(f"{type(module).__name__} {dict(module.hparams)} {steps} {precision} {os.environ.get('LVLM_FINGERPRINT')}".encode())
-    for p in module.parameters():
-        if p.requires_grad:
-            digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
-    digest.update(pickle.dumps(draw(0)))
+    for part in _bytes([[p for p in module.parameters() if p.requires_grad], draw(0)]):
+        digest.update(part)
     return digest.hexdigest()
 
 

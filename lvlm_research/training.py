@@ -27,6 +27,7 @@ class Variant:
     ar_weight: float = 0.0  # of the next-token loss; the paper adds the two losses
     text_only: bool = False  # contrast among captions, no picture is ever seen (E5-V)
     contrast_long: bool = False  # long captions take the place of the short ones in the contrastive loss
+    rate: float = 1.0  # of the profile's learning rate, chosen on validation scenes (notebook paper/21)
 
 
 VARIANTS = {
@@ -35,7 +36,7 @@ VARIANTS = {
     "lora": Variant(lora=True),
     "both": Variant(True, True),
     "vladva": Variant(True, True, 1.0),
-    "e5v": Variant(lora=True, text_only=True),
+    "e5v": Variant(lora=True, text_only=True, rate=1 / 40),
     "long": Variant(True, True, contrast_long=True),
 }
 
