@@ -233,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a papermill parameter that the notebook declares")
     sub = verb("evaluate", run_evaluate, "score a model on a folder with images and captions.jsonl, or on a public benchmark")
     _model_and_data(sub, "folder with captions.jsonl; or the file or folder of a public benchmark", model_required=False)
-    sub.add_argument("--task", default="folder", help="folder (the default), or a public benchmark: flickr30k, coco, nocaps, sugarcrepe, sugarcrepe_pp, winoground, mmvp_vlm, imagenet, pope")
+    public = "flickr30k, coco, nocaps, sugarcrepe, sugarcrepe_pp, winoground, mmvp_vlm, imagenet or pope"
+    sub.add_argument("--task", default="folder", help=f"folder (the default), or a public benchmark: {public}")
     sub.add_argument("--images", default="", help="folder of the pictures of a public benchmark")
     sub.add_argument("--text-only", action="store_true", help="the blind rules of a public benchmark: neither a model nor pictures are needed")
     sub.add_argument("--label", default="", help="field of captions.jsonl to classify by")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -185,31 +185,44 @@ def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, prog
     return tidy_rows(score_suite(embedder, suite, progress), draws, **run)
 
 
-_ITEM_GROUPS = {"sugarcrepe": ("accuracy", "strict accuracy", "share of items"), "sugarcrepe_pp": ("ITT", "TOT")}  # metrics averaged over categories
-_OTHER_GROUPS = (("retrieval", "novel: ", "novel combinations"), ("nocaps", "-domain", "mean of domains"),  # benchmark, part of the subsets' names, name of the mean
-                 ("pope", "adapter off: ", "adapter off: mean of sets"), ("pope", "adapter on: ", "adapter on: mean of sets"))
+_ITEM_METRICS = {"sugarcrepe": ("accuracy", "strict accuracy", "share of items"), "sugarcrepe_pp": ("ITT", "TOT")}
+_SET_MEANS = (  # benchmark, part of the names of its sets, name of their mean
+    ("retrieval", "novel: ", "novel combinations"),
+    ("nocaps", "-domain", "mean of domains"),
+    ("pope", "adapter off: ", "adapter off: mean of sets"),
+    ("pope", "adapter on: ", "adapter on: mean of sets"),
+)
+
+
+def _item_groups(benchmark: str, scores: list[Score], metric: str) -> Iterator[tuple]:
+    "Replace, swap and add as means of their categories and, where these differ in size, over items; so all of them."
+    for group in ("replace", "swap", "add", ""):
+        parts = [s for s in scores if s.metric == metric and s.subset.startswith(group)]
+        if group and parts:
+            yield benchmark, group, f"mean {metric}", parts
+        if len({len(s.values) for s in parts}) > 1:
+            yield benchmark, group or "all", f"item-weighted {metric}", [_pooled(parts)]
+
+
+def _set_groups(benchmark: str, scores: list[Score], name: str) -> Iterator[tuple]:
+    "Means over sets of every metric that all of them have."
+    sets = {s.subset for s in scores}
+    for metric in dict.fromkeys(s.metric for s in scores):
+        parts = [s for s in scores if s.metric == metric]
+        if len(parts) == len(sets):
+            yield benchmark, name, metric, parts
 
 
 def _group_rows(scores: Scores, draws: int, **run: str) -> list[dict]:
-    "Means over categories of equal weight, with a stratified interval: replace, swap and add as in the paper's table 4, domains as in nocaps. Where categories of items differ in size, also the mean over items."
-    grouped: list[tuple[str, str, str, list[Score]]] = []
-    for benchmark, metrics in _ITEM_GROUPS.items():
-        for group, metric in itertools.product(("replace", "swap", "add", ""), metrics):
-            parts = [s for s in scores.get(benchmark, []) if s.metric == metric and s.subset.startswith(group)]
-            unequal = len({len(s.values) for s in parts}) > 1
-            if group:
-                grouped.append((benchmark, group, f"mean {metric}", parts))
-            if unequal:
-                grouped.append((benchmark, group or "all", f"item-weighted {metric}", [_pooled(parts)]))
-    for benchmark, part, name in _OTHER_GROUPS:
-        found = [s for s in scores.get(benchmark, []) if part in s.subset]
-        grouped += [(benchmark, name, metric, [s for s in found if s.metric == metric]) for metric in dict.fromkeys(s.metric for s in found)]
+    "Means over categories or sets of equal weight, with a stratified interval: replace, swap and add as in the paper's table 4, domains as in nocaps."
+    grouped = [g for benchmark, metrics in _ITEM_METRICS.items() for metric in metrics for g in _item_groups(benchmark, scores.get(benchmark, []), metric)]
+    for benchmark, part, name in _SET_MEANS:
+        grouped += _set_groups(benchmark, [s for s in scores.get(benchmark, []) if part in s.subset], name)
     rows = []
     for benchmark, group, metric, parts in grouped:
-        if parts:
-            values = [s.values for s in parts]
-            estimate = bootstrap_mean(values, [s.groups for s in parts], draws)
-            rows.append(_percent_row(run, benchmark, group, metric, estimate, sum(map(len, values)), np.mean([s.chance for s in parts])))
+        values = [s.values for s in parts]
+        estimate = bootstrap_mean(values, [s.groups for s in parts], draws)
+        rows.append(_percent_row(run, benchmark, group, metric, estimate, sum(map(len, values)), np.mean([s.chance for s in parts])))
     return rows
 
 

@@ -121,6 +121,7 @@ class Captioned(NamedTuple):
 
 
 def _placed(records: list, where: object) -> list[tuple[str, object]]:
+    "(place, record) of a list."
     return [(f"{where}, record {i}", r) for i, r in enumerate(records, 1)]
 
 
@@ -198,9 +199,11 @@ NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 def read_nocaps(data: Path, images: Path) -> list[Benchmark]:
     "A gallery a domain, and one of all pictures."
-    found = read_captions(file := _one_of(data, ("nocaps_val_4500_captions.json",)))
+    file = _one_of(data, ("nocaps_val_4500_captions.json",))
+    found = read_captions(file)
     if strange := next((f for f in found if f.domain not in NOCAPS_DOMAINS), None):
-        raise InputError(f"{strange.where}: needs a field 'domain' with one of {', '.join(NOCAPS_DOMAINS)}; copies on Hugging Face lack it, take the official {file.name}")
+        expected = ", ".join(NOCAPS_DOMAINS)
+        raise InputError(f"{strange.where}: needs a field 'domain' with one of {expected}; copies on Hugging Face lack it, take the official file")
     parts = {domain: [f for f in found if f.domain == domain] for domain in NOCAPS_DOMAINS}
     if empty := [domain for domain, part in parts.items() if not part]:
         raise InputError(f"{file}: no picture is {empty[0]}; fetch it again")
@@ -216,14 +219,15 @@ class CaptionChoice(Benchmark):
 
     def score(self, image, text):
         values = pair_accuracy(image, *text.view(2, len(self.images), -1))
-        return [Score(self.subset, "accuracy", values, 1 / 2, self.groups), Score(self.subset, "strict accuracy", (values == 1).astype(float), 1 / 2, self.groups)]
+        kinds = {"accuracy": values, "strict accuracy": (values == 1).astype(float)}
+        return [Score(self.subset, metric, v, 1 / 2, self.groups) for metric, v in kinds.items()]
 
 
 def _category(file: Path, kind: type, fields: tuple[str, ...], images: Path) -> tuple[list[str], list[str], np.ndarray]:
     "Pictures, texts (a list a field, one after the other) and names of the pictures of the items of one file."
     data = _parse(_text(file), file)
     if type(data) is not kind or not data:
-        raise InputError(f"{file}: no items as expected here; SugarCrepe's files hold an object (--task sugarcrepe), those of SugarCrepe++ a list (--task sugarcrepe_pp)")
+        raise InputError(f"{file}: no items of this task; files of SugarCrepe hold an object (--task sugarcrepe), of SugarCrepe++ a list (--task sugarcrepe_pp)")
     items = [(f"{file}, key {key!r}", r) for key, r in data.items()] if kind is dict else _placed(data, file)
     names = [_field(r, "filename", where) for where, r in items]
     texts = [_field(r, name, where) for name in fields for where, r in items]
@@ -302,7 +306,8 @@ def read_imagenet(data: Path, images: Path) -> list[Benchmark]:
         raise InputError(f"{templates_file}: template {strange!r} has no place {{}} for the name; add it")
     found = [sorted(str(p) for p in (images / i).glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")) for i in ids]
     if empty := [i for i, pictures in zip(ids, found) if not pictures]:
-        raise InputError(f"{len(empty):,} of {len(ids):,} class folders are missing or hold no picture, first {str(images / empty[0])!r}; give the folder they are in with --images")
+        count, first = f"{len(empty):,} of {len(ids):,}", str(images / empty[0])
+        raise InputError(f"{count} class folders are missing or hold no picture, first {first!r}; give the folder they are in with --images")
     pictures, labels = [p for part in found for p in part], np.repeat(np.arange(len(ids)), [len(part) for part in found])
     texts = lambda forms: [t.replace("{}", n) for n in names for t in forms]
     sets = {f"{len(templates)} templates": templates, "a photo of a {}": ["a photo of a {}"], "class name": ["{}"]}
@@ -329,7 +334,8 @@ class YesNo(Benchmark):
         parts = {"accuracy": (said == true, every, 1 / 2), "precision": (true, every[said], share), "recall": (said, every[true], 1 / 2),
                  "F1": (said & true, np.repeat(every, said.astype(int) + true), share / (share + 1 / 2)),  # a hit is counted twice: as said and as true
                  "yes said": (said, every, 1 / 2), "yes or no said": (clear, every, np.nan)}
-        return [Score(setting + self.subset, name, values[rows].astype(float), chance, self.groups[rows]) for name, (values, rows, chance) in parts.items() if len(rows)]
+        scored = ((name, values[rows].astype(float), chance, self.groups[rows]) for name, (values, rows, chance) in parts.items() if len(rows))
+        return [Score(setting + self.subset, *score) for score in scored]
 
 
 POPE_SETS = ("random", "popular", "adversarial")
@@ -400,23 +406,31 @@ class Task:
     rules_note: str = ""
 
 
-_RECALL = "all captions are kept; ties are shared; subsets are named by their file"
-_GROUPS = "mean: every category counts alike; item-weighted: every item does"
-_WORDS = "words are runs of [a-z0-9'] in lower case, ties are wrong"
+_FLICKR30K_FILES = ("dataset_flickr30k.json", "flickr30k_test.json", "flickr30k_test_karpathy.txt")
+_COCO_FILES = ("dataset_coco.json", "coco_karpathy_test.json", "coco_test_karpathy.json", "captions_val2017.json")
+_RECALL = "all captions are kept; ties are shared"
+_MEANS = "mean: every category counts alike; item-weighted: every item does"
+_WORDS = "words are runs of [a-z0-9'] in lower case"
+_COUNTS = "n counts what a value is a mean of"
 
 TASKS = {
-    "flickr30k": Task(partial(read_gallery, "flickr30k", ("dataset_flickr30k.json", "flickr30k_test.json", "flickr30k_test_karpathy.txt")), _RECALL),
-    "coco": Task(partial(read_gallery, "coco", ("dataset_coco.json", "coco_karpathy_test.json", "coco_test_karpathy.json", "captions_val2017.json")), _RECALL),
-    "nocaps": Task(read_nocaps, "val; each domain is a gallery of its own; all captions are kept; ties are shared"),
-    "sugarcrepe": Task(read_sugarcrepe, f"accuracy gives half a point for a tie, strict accuracy (as published) none; {_GROUPS}; published swap_obj values are k/246, the file has 245 items",
-                       caption_rules, f"characters are those of the file, equal lengths are wrong; same words: where a bag of words ties ({_WORDS}); {_GROUPS}"),
-    "sugarcrepe_pp": Task(read_sugarcrepe_pp, f"ITT and TOT are strict; accuracy is the first caption against the negative, half a point for a tie; {_GROUPS}",
-                          word_count_rule, f"cosine of word counts; {_WORDS}; {_GROUPS}"),
+    "flickr30k": Task(partial(read_gallery, "flickr30k", _FLICKR30K_FILES), f"the subset is the file; {_RECALL}"),
+    "coco": Task(partial(read_gallery, "coco", _COCO_FILES), f"the subset is the file; {_RECALL}"),
+    "nocaps": Task(read_nocaps, f"validation set; each domain is a gallery of its own; {_RECALL}"),
+    "sugarcrepe": Task(
+        read_sugarcrepe,
+        f"accuracy gives half a point for a tie, strict accuracy (as published) none; {_MEANS}; published values of swap_obj are k/246, its file has 245 items",
+        caption_rules,
+        f"lengths are characters as in the file, equal ones are wrong; same words: where a bag of words ties ({_WORDS}); {_MEANS}"),
+    "sugarcrepe_pp": Task(
+        read_sugarcrepe_pp,
+        f"ITT and TOT are strict; accuracy is the first caption against the negative, half a point for a tie; {_MEANS}",
+        word_count_rule,
+        f"cosines of word counts, equal ones are wrong; {_WORDS}; {_MEANS}"),
     "winoground": Task(read_winoground, "all comparisons are strict"),
     "mmvp_vlm": Task(read_mmvp_vlm, "a pair is right if both statements find their picture, strictly"),
-    "imagenet": Task(read_imagenet, "classes of the same name share the point"),
-    "pope": Task(read_pope, "an answer is no if its first sentence says no or not, otherwise yes; n counts what a value is a mean of",
-                 always_yes, "n counts what a value is a mean of"),
+    "imagenet": Task(read_imagenet, "two classes of one name share the point"),
+    "pope": Task(read_pope, f"an answer is no if its first sentence says no or not, otherwise yes; {_COUNTS}", always_yes, _COUNTS),
 }
 
 
@@ -441,5 +455,6 @@ def public_suite(
 def text_only_scores(task: str, data: str | Path) -> dict[str, list[Score]]:
     "Per blind rule its scores; no picture is needed."
     if task_of(task).rules is None:
-        raise InputError(f"task {task!r} has no rule that does without pictures; --text-only is for {', '.join(name for name, t in TASKS.items() if t.rules)}")
+        able = ", ".join(name for name, t in TASKS.items() if t.rules)
+        raise InputError(f"task {task!r} has no rule that does without pictures; --text-only is for {able}")
     return TASKS[task].rules(TASKS[task].read(Path(data), Path()))
