@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def _field(record: object, name: str, where: object, kind: type = str):
     return value
 
 # %% ../nbs/04a_public_benchmarks.ipynb #e3ca263d
-def _all_of(data: Path, names: Iterable[str]) -> list[Path]:
+def _all_of(data: Path, names: list[str] | tuple[str, ...]) -> list[Path]:
     "Files that must all lie in a folder."
     if missing := [n for n in names if not (data / n).is_file()]:
         raise InputError(f"{data}: lacks {', '.join(missing)}; give the folder that holds {', '.join(names)} with --data")
@@ -304,10 +304,11 @@ def read_imagenet(data: Path, images: Path) -> list[Benchmark]:
         raise InputError(f"{ids_file}: must hold {len(names)} different ids, one a line, sorted, in the order of {names_file.name}; write it again")
     if strange := next((t for t in templates if "{}" not in t), None):
         raise InputError(f"{templates_file}: template {strange!r} has no place {{}} for the name; add it")
-    found = [sorted(str(p) for p in (images / i).glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")) for i in ids]
-    if empty := [i for i, pictures in zip(ids, found) if not pictures]:
-        count, first = f"{len(empty):,} of {len(ids):,}", str(images / empty[0])
-        raise InputError(f"{count} class folders are missing or hold no picture, first {first!r}; give the folder they are in with --images")
+    folders = [Path(_picture(images, i, ids_file)) for i in ids]
+    found = [sorted(str(p) for p in folder.glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")) for folder in folders]
+    if empty := [str(folder) for folder, pictures in zip(folders, found) if not pictures]:
+        count = f"{len(empty):,} of {len(ids):,}"
+        raise InputError(f"{count} class folders are missing or hold no picture, first {empty[0]!r}; give the folder they are in with --images")
     pictures, labels = [p for part in found for p in part], np.repeat(np.arange(len(ids)), [len(part) for part in found])
     texts = lambda forms: [t.replace("{}", n) for n in names for t in forms]
     sets = {f"{len(templates)} templates": templates, "a photo of a {}": ["a photo of a {}"], "class name": ["{}"]}
@@ -325,7 +326,7 @@ class YesNo(Benchmark):
 
     labels: np.ndarray = field(default_factory=lambda: np.array([], bool))
     subset: str = ""
-    groups: np.ndarray | None = None  # questions about one picture
+    groups: np.ndarray = field(default_factory=lambda: np.array([]))  # the picture of each question
 
     def score_answers(self, answers: list[str], setting: str = "") -> list[Score]:
         "Grades answers given in the order of the questions; `setting` goes before the subset."

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import CHECKPOINTS, fails_in_one_line, run
+from lvlm_research.benchmarks import folder_suite
 from lvlm_research.cli import main
 from lvlm_research.config import InputError
+from lvlm_research.datasets import read_folder
 from lvlm_research.evaluation import evaluate, evaluate_text_only, load_embedder, score_suite, tidy_rows
 from lvlm_research.metrics import chance
 from lvlm_research.public_benchmarks import TASKS, public_suite, read_captions, read_pope, text_only_scores, word_counts
@@ -131,6 +133,16 @@ def test_chance_counts_the_captions_of_each_picture(real_data, tmp_path):
     scores = {s.metric: s for s in bench.score(constant(100), constant(514))}
     assert all(s.values.mean() == pytest.approx(s.chance) for s in scores.values())
     assert scores["i2t R@1"].chance == pytest.approx(1 / 100) and scores["i2t R@1"].chance > chance(1, 514, 5)
+
+
+def test_photographs_as_a_task_score_as_they_do_as_a_folder(real_data, tmp_path):
+    source = real_data / "real_pairs/coco_cc"
+    records = [json.loads(line) for line in (source / "captions.jsonl").read_text().splitlines()]
+    file = write(tmp_path / "coco_karpathy_test.json", [{"image": r["image"], "caption": r["captions"]} for r in records])
+    clip, suites = load_embedder(CHECKPOINTS / "clip-micro"), (public_suite("coco", file, source), folder_suite(read_folder(source)))
+    task, folder = (evaluate(clip, suite, 10).set_index("metric") for suite in suites)
+    columns = ["value", "n", "chance"]
+    assert len(task) == 6 and task[columns].to_numpy() == pytest.approx(folder[columns].to_numpy(), abs=1e-3)
 
 
 def test_classes_of_imagenet_with_one_name_stay_two(real_data, tmp_path):
@@ -323,6 +335,7 @@ BROKEN = [
     ("mmvp_vlm", "Questions.csv", "a,b,c\n1,Texts,x\n2,Colour,y\n", "row 2: questions 1 and 2 are no pair"),
     ("mmvp_vlm", "Questions.csv", "a,b,c\n1,Texts\n", "row 2: needs three columns"),
     ("imagenet", "wnids_sorted.txt", "n2\nn1\n", "must hold 2 different ids"),
+    ("imagenet", "wnids_sorted.txt", "../n1\nn2\n", "wnids_sorted.txt: picture '../n1' lies outside"),
     ("imagenet", "classnames.json", {"0": "tench"}, "classnames.json: must hold a list of texts"),
     ("imagenet", "templates_openai80.json", ["a photo"], "template 'a photo' has no place {}"),
     ("pope", "coco_pope_popular.json", '{"image": "1.jpg", "text": "Is there?", "label": "maybe"}', "popular.json, line 1: field 'label' must be yes or no"),
