@@ -82,23 +82,59 @@ def _parameter(text: str) -> tuple[str, object]:
 
 # %% ../nbs/16_cli.ipynb #bb8a5b4d
 def run_evaluate(args: argparse.Namespace) -> None:
-    "Score a model on a folder with captions.jsonl."
-    from lvlm_research.benchmarks import folder_suite
-    from lvlm_research.datasets import only_split, read_folder
-    from lvlm_research.evaluation import evaluate, load_embedder
+    "Score a model on a folder with captions.jsonl or on a public benchmark; or, from texts alone, the blind rules of a benchmark."
+    _check_evaluate(args)
+    from lvlm_research.evaluation import evaluate, evaluate_text_only, load_embedder
+    from lvlm_research.public_benchmarks import TASKS
 
     set_threads()
     if args.out:
         _writable(args.out)
-    data = only_split(read_folder(args.data), args.split)
-    suite = folder_suite(data, args.label)
-    rows = evaluate(load_embedder(args.model), suite, progress=sys.stderr.isatty(), model=Path(args.model).name, data=Path(args.data).name)
-    print(rows.drop(columns=["model", "data"]).to_string(index=False))
-    if rows.ci_low.le(rows.chance).mean() > 0.5:
-        print("note: most intervals include chance: this model knows little or nothing of these pictures")
+    task = TASKS.get(args.task)
+    if args.text_only:
+        rows, notes = evaluate_text_only(args.task, args.data), [task.rules_note]
+    else:
+        suite = _suite(args)
+        rows = evaluate(load_embedder(args.model), suite, progress=sys.stderr.isatty(), model=Path(args.model).name, data=Path(args.data).name)
+        notes = [task.note] if task else []
+        if rows.ci_low.le(rows.chance).mean() > 0.5:
+            notes.append("most intervals include chance: this model knows little or nothing of these pictures")
+    shown = rows.rename(columns={"model": "rule"}) if args.text_only else rows.drop(columns="model")
+    print(shown.drop(columns="data").to_string(index=False))
+    for note in notes:
+        print(f"note: {note}")
     if args.out:
         with write_beside(args.out) as part:
             rows.to_csv(part, index=False)
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    "Refuse an unknown task, and arguments that do not go together."
+    from lvlm_research.public_benchmarks import task_of
+
+    public = args.task != "folder"
+    if public:
+        task_of(args.task)
+    if not public and (args.images or args.text_only):
+        raise InputError("--images and --text-only are for a public benchmark: name it with --task")
+    if public and (args.label or args.split):
+        raise InputError(f"--label and --split are for a folder with captions.jsonl: leave them out with --task {args.task}")
+    if not args.text_only and not args.model:
+        raise InputError("no model: give its folder with --model")
+    if public and not args.text_only and not args.images:
+        raise InputError("no pictures: give their folder with --images, or --text-only for the blind rules")
+
+
+def _suite(args: argparse.Namespace) -> list:
+    "What a model is scored on; everything is checked before a model is loaded."
+    from lvlm_research.benchmarks import folder_suite
+    from lvlm_research.datasets import only_split, read_folder
+    from lvlm_research.public_benchmarks import public_suite
+
+    if args.task == "folder":
+        return folder_suite(only_split(read_folder(args.data), args.split), args.label)
+    return public_suite(args.task, args.data, args.images)
+
 
 # %% ../nbs/16_cli.ipynb #42327823
 def _writable(out: str) -> None:
@@ -195,8 +231,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int)
     sub.add_argument("--from-scratch", action="store_true")
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a papermill parameter that the notebook declares")
-    sub = verb("evaluate", run_evaluate, "score a model on a folder with images and captions.jsonl")
-    _model_and_data(sub, "folder with captions.jsonl")
+    sub = verb("evaluate", run_evaluate, "score a model on a folder with images and captions.jsonl, or on a public benchmark")
+    _model_and_data(sub, "folder with captions.jsonl; or the file or folder of a public benchmark", model_required=False)
+    public = "flickr30k, coco, nocaps, sugarcrepe, sugarcrepe_pp, winoground, mmvp_vlm, imagenet or pope"
+    sub.add_argument("--task", default="folder", help=f"folder (the default), or a public benchmark: {public}")
+    sub.add_argument("--images", default="", help="folder of the pictures of a public benchmark")
+    sub.add_argument("--text-only", action="store_true", help="the blind rules of a public benchmark: neither a model nor pictures are needed")
     sub.add_argument("--label", default="", help="field of captions.jsonl to classify by")
     sub.add_argument("--split", default="", help="only records whose field 'split' has this value")
     sub.add_argument("--out", default="", help="also write the rows as CSV")
@@ -218,8 +258,8 @@ def _profile(text: str) -> str:
     return str(Path(text).resolve()) if text.endswith(".json") else text
 
 
-def _model_and_data(sub: argparse.ArgumentParser, help: str) -> None:
-    sub.add_argument("--model", required=True, help="folder of a CLIP, an LVLM or a trained adapter")
+def _model_and_data(sub: argparse.ArgumentParser, help: str, model_required: bool = True) -> None:
+    sub.add_argument("--model", required=model_required, help="folder of a CLIP, an LVLM or a trained adapter")
     sub.add_argument("--data", required=True, help=help)
 
 

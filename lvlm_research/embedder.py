@@ -253,12 +253,18 @@ def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = 
 
 # %% ../nbs/06_embedder.ipynb #285265a7
 @method_of(DiscriminativeLVLM)
-def generate(self, images: list, question: str, adapter: bool = False, max_new_tokens: int = 128) -> list[str]:
-    "Greedy answers to one question about each picture, with LoRA off (the base model) or on."
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    processor = self.templates.processor
-    text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    batch = processor(images=images, text=[text] * len(images), return_tensors="pt", padding=True, padding_side="left").to(self.device)
+def generate(
+    self,
+    images: list,
+    question: str | list[str],  # the same about every picture, or one about each
+    adapter: bool = False,  # with LoRA on; off is the base model
+    max_new_tokens: int = 128,
+) -> list[str]:
+    "Greedy answers to a question about each picture."
+    processor, questions = self.templates.processor, [question] * len(images) if isinstance(question, str) else question
+    asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}]
+    text = [processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
+    batch = processor(images=images, text=text, return_tensors="pt", padding=True, padding_side="left").to(self.device)
     self.enable_adapter(adapter)
     try:
         with torch.inference_mode():
