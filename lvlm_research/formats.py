@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import warnings
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +34,10 @@ from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records, json_obje
 from .embedder import open_image
 
 # %% auto #0
-__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'FORMATS', 'RUN', 'BUFFER', 'JsonStream', 'read_json', 'read_json_lines',
-           'read_coco', 'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise',
-           'read_records', 'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
+__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'JsonStream', 'read_json',
+           'read_json_lines', 'read_coco', 'read_table', 'read_captions_folder', 'read_tar', 'read_files',
+           'read_parquet', 'recognise', 'read_records', 'sort_captions', 'DataReport', 'data_report', 'shuffled',
+           'picture_bytes', 'record_pairs']
 
 # %% ../nbs/03a_formats.ipynb #cb979fa8
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -47,12 +48,13 @@ CAPTION_FIELDS = ("txt", "caption", "captions", "text", "title", "raw_caption", 
 
 def _row(where: str, captions: list[str], image: str | None, at: Sequence[int] = (), labels: dict | None = None) -> dict:
     "A record as it is kept. `at` is empty for a picture in a file of its own, (offset, bytes) in a tar, (row group, row) in a parquet."
-    row = (labels or {}) | {"where": where, "captions": [c for c in map(str.strip, captions) if c], "image": image, "at": list(at)}
+    labels = labels or {}
     try:
-        "".join([image or "", *row["captions"], *(labels or {}).values()]).encode()
+        "".join([where, image or "", *captions, *labels, *labels.values()]).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: holds half a character (a lone surrogate), which is no text; correct or remove the record") from None
-    return row
+        readable = where.encode(errors="replace").decode()
+        raise InputError(f"{readable}: a text or a name holds half a character (a lone surrogate); correct or remove the record") from None
+    return labels | {"where": where, "captions": [c for c in map(str.strip, captions) if c], "image": image, "at": list(at)}
 
 
 def _below(root: Path, name: object, where: str) -> str:
@@ -184,7 +186,7 @@ class JsonStream:
     def end(self) -> None:
         "InputError if the document goes on."
         if found := self.peek():
-            raise self.fault(f"expected the end, found {found}")
+            raise self.fault(f"expected the end, found {found}; a file with one object a line must be named .jsonl")
 
 # %% ../nbs/03a_formats.ipynb #943048ea
 def read_json(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
@@ -221,7 +223,7 @@ def read_coco(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
                 if key == "images":
                     names[item["id"]] = item["file_name"]
                 elif key == "annotations":
-                    captions[item["image_id"]].append(item["caption"] + "")
+                    captions[item["image_id"]].append("" + item["caption"])  # a TypeError unless it is text
             except (KeyError, TypeError):
                 needed = "id and file_name" if key == "images" else "image_id and caption (a text)"
                 raise InputError(f"{file}, {key}, after {stream.values} records: an entry needs {needed}; is this a file of captions?") from None
@@ -232,7 +234,7 @@ def read_coco(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
         raise InputError(f"{file}: captions of picture {min(unknown, key=str)}, which 'images' does not list; correct the file")
     for number, name in names.items():
         where = f"{file}, image {number}"
-        yield _row(where, captions[number], _below(root, name, where), labels={"id": str(number)})
+        yield _row(where, captions.get(number, []), _below(root, name, where), labels={"id": str(number)})
 
 
 def read_table(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
@@ -318,7 +320,8 @@ def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
         for stem, group in itertools.groupby(files, lambda p: p.stem):
             parts = {p.suffix[1:].lower(): p for p in group}
             if picture := next((parts[suffix] for suffix in PICTURES if suffix in parts), None):
-                yield _sample(str(place / stem), str(picture), (), {suffix: parts[suffix].read_bytes for suffix in ("txt", "json") if suffix in parts}, fields)
+                texts = {suffix: parts[suffix].read_bytes for suffix in ("txt", "json") if suffix in parts}
+                yield _sample(str(place / stem), str(picture), (), texts, fields)
         yield from _failed(Path(f"{place}.parquet"))
 
 # %% ../nbs/03a_formats.ipynb #6b0341d5
@@ -419,11 +422,11 @@ def recognise(path: Path) -> tuple[Callable, list[Path]]:
 
 def read_records(
     path: str | Path,  # of training data in one of the formats
-    images: str | Path = "",  # the folder that paths of pictures start from; empty for where the data lie
+    images: str | Path = "",  # the folder that paths of pictures start from, in formats that have such paths; empty for where the data lie
     fields: Sequence[str] = CAPTION_FIELDS,  # of captions
 ) -> Dataset:
-    "Records in the order of the files, mapped from a temporary file: `image`, `at`, `captions`, `where` and, as text, the label fields of the first record. Pictures are neither opened nor looked for; InputError names what is wrong."
-    path = Path(path)
+    "Records in the order of the files, mapped from a file in the temporary folder (TMPDIR; about as large as the captions): `image`, `at`, `captions`, `where` and, as text, the label fields of the first record. Pictures are neither opened nor looked for; InputError names what is wrong."
+    path = Path(os.path.abspath(path))
     reader, files = recognise(path)
     if images and not Path(images).is_dir():
         raise InputError(f"{images}: no such folder of pictures")
@@ -447,7 +450,7 @@ def _on_disk(records: Iterator[dict], path: Path, name: str) -> Dataset:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
     return Dataset.from_file(f"{folder}/records.arrow", info=DatasetInfo(description=f"{path}, read as {name}"))
 
-# %% ../nbs/03a_formats.ipynb #5b4b537c
+# %% ../nbs/03a_formats.ipynb #585f2350
 def _rows(records: Dataset, start: int = 0, stop: int | None = None) -> Iterator[dict]:
     "Records one by one, read by the thousand."
     stop = len(records) if stop is None else stop
@@ -504,38 +507,41 @@ class DataReport:
                 f"used        {self.with_short + self.with_long - self.with_both:,} records: {self.with_short:,} with a short caption, "
                 f"{self.with_long:,} with a long one, {self.with_both:,} with both")
 
-# %% ../nbs/03a_formats.ipynb #9fa64113
-def data_report(
-    records: Dataset,
-    tokenizer,
-    named: int = 3,  # missing pictures that are named
-) -> DataReport:
-    "Go through all records once and count; pictures are looked for, not opened."
-    count, examples = defaultdict(int), []
-    texts, pictures, lengths, longest = array("q"), array("q"), np.zeros(LONG_TOKENS + 2, int), 0
+# %% ../nbs/03a_formats.ipynb #548fbe4f
+NAMED = 5  # pictures that are not there
+
+
+def _measured(records: Dataset, tokenizer) -> Iterator[tuple[dict, np.ndarray]]:
+    "(record, token counts of its captions); a thousand are tokenized together."
     rows = _rows(records)
     while block := list(itertools.islice(rows, 1000)):
         tokens = iter(_token_counts([c for r in block for c in r["captions"]], tokenizer))
-        for r in block:
-            own = np.fromiter(itertools.islice(tokens, len(r["captions"])), int)
-            lengths += np.bincount(np.minimum(own, LONG_TOKENS + 1), minlength=len(lengths))
-            longest = max(longest, *own, 0)
-            texts.extend(map(hash, r["captions"]))
-            there, short, long = _is_there(r), bool(((own > 0) & (own < SHORT_TOKENS)).any()), bool(((own >= SHORT_TOKENS) & (own <= LONG_TOKENS)).any())
-            if r["image"] is not None:
-                pictures.append(hash((r["image"], *r["at"])))
-            if not there and len(examples) < named:
-                examples.append(r["image"] or r["where"])
-            for name, value in (("without_picture", r["image"] is None), ("missing", r["image"] is not None and not there), ("without_caption", not r["captions"]),
-                                ("with_short", there and short), ("with_long", there and long), ("with_both", there and short and long)):
-                count[name] += value
-    total = int(lengths.sum())
-    return DataReport(records.info.description, len(records), captions=total, empty=int(lengths[0]), short=int(lengths[1:SHORT_TOKENS].sum()),
-                      long=int(lengths[SHORT_TOKENS:-1].sum()), too_long=int(lengths[-1]), median=int(np.searchsorted(lengths.cumsum(), total / 2)) if total else 0,
-                      longest=int(longest), same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)),
-                      examples=tuple(examples), **count)
+        yield from ((r, np.fromiter(itertools.islice(tokens, len(r["captions"])), int)) for r in block)
 
-# %% ../nbs/03a_formats.ipynb #7a55afef
+
+def data_report(records: Dataset, tokenizer) -> DataReport:
+    "Go through all records once and count; pictures are looked for, not opened."
+    count, examples = Counter(), []
+    lengths, texts, pictures = np.zeros(LONG_TOKENS + 2, int), array("q"), array("q")  # a histogram, whose last bin takes all that are longer; hashes
+    longest = 0
+    for r, tokens in _measured(records, tokenizer):
+        lengths += np.bincount(np.minimum(tokens, LONG_TOKENS + 1), minlength=len(lengths))
+        longest = max(longest, *tokens.tolist(), 0)
+        texts.extend(map(hash, r["captions"]))
+        pictures.extend([hash((r["image"], *r["at"]))] if r["image"] is not None else [])
+        there = _is_there(r)
+        short = there and bool(np.any((0 < tokens) & (tokens < SHORT_TOKENS)))
+        long = there and bool(np.any((SHORT_TOKENS <= tokens) & (tokens <= LONG_TOKENS)))
+        count.update(without_picture=r["image"] is None, missing=r["image"] is not None and not there, without_caption=not r["captions"],
+                     with_short=short, with_long=long, with_both=short and long)
+        if not there and len(examples) < NAMED:
+            examples.append(r["image"] or r["where"])
+    total = len(texts)
+    return DataReport(records.info.description, len(records), captions=total, empty=int(lengths[0]), short=int(lengths[1:SHORT_TOKENS].sum()),
+                      long=int(lengths[SHORT_TOKENS:-1].sum()), too_long=int(lengths[-1]), median=int(np.searchsorted(lengths.cumsum(), total / 2)), longest=longest,
+                      same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)), examples=tuple(examples), **count)
+
+# %% ../nbs/03a_formats.ipynb #30169569
 RUN, BUFFER = 100, 1000  # neighbouring records taken together; records among which the next one is drawn
 
 
@@ -587,7 +593,7 @@ def _pair(record: dict, tokenizer, rng: np.random.Generator) -> Pair | None:
     if not short and not long:
         return None
     try:
-        image = open_image(record["picture"], record["where"])
+        image = open_image(record["picture"], record["where"] if record["at"] else "")
     except InputError as error:
         warnings.warn(f"left out: {error}")
         return None

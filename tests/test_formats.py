@@ -220,6 +220,25 @@ def test_captions_are_sorted_by_the_tokenizer_and_none_is_cut(ten, tmp_path):
     assert {pair[1:] for batch in pairs(records, batches=12) for pair in batch} == {(lengths[s], lengths[l]) for s in (1, 29) for l in (30, 500)}  # one record of three
 
 
+@pytest.mark.parametrize("kind", ["tar", "csv", "parquet"])
+def test_a_record_with_both_kinds_of_caption_gives_both(ten, tmp_path, kind):
+    short, long = ten[0][1], ten[1][1]
+    values = {"raw_caption": short, "shortIB_captions": short, "longLLA_captions": long}
+    if kind == "tar":  # what img2dataset makes of DreamLIP's table
+        file = write_tar(tmp_path / "x.tar", [("0.jpg", ten[0][0]), ("0.json", json.dumps(values).encode())])
+    elif kind == "csv":
+        write_pictures(tmp_path / "p", ten[:1])
+        file = tmp_path / "x.csv"
+        with open(file, "w", newline="") as table:
+            csv.writer(table).writerows([["Image Path", *values], ["p/000000000.png", *values.values()]])
+    else:
+        file = tmp_path / "x.parquet"
+        pq.write_table(pa.Table.from_pylist([values | {"image": ten[0][0]}]), file)
+    records = read_records(file)
+    assert records[0]["captions"] == [short, long]  # what two fields repeat counts once
+    assert pairs(records, 1)[0][0][1:] == (short, long) and data_report(records, TOKENIZER).with_both == 1
+
+
 def test_labels_select_records(ten, tmp_path):
     write_pictures(tmp_path / "p", ten)
     (tmp_path / "x.tsv").write_text("filepath\ttitle\tsplit\n" + "".join(f"p/{i:09}.png\tstar {i}\t{('train', 'test')[i % 2]}\n" for i in range(10)))
@@ -228,11 +247,11 @@ def test_labels_select_records(ten, tmp_path):
     assert {p[1] for p in pairs(kept, 1)[0]} < {c for c, in kept["captions"]} and "x.tsv" in data_report(kept, TOKENIZER).source
 
 
-@pytest.mark.parametrize("write", [write_webdataset, write_img2dataset_files, write_huggingface_parquet])
+@pytest.mark.parametrize("write", [write_webdataset, write_img2dataset_files, write_huggingface_parquet, write_llava])
 def test_a_broken_picture_is_named_and_left_out(write, ten, reference, tmp_path):
     broken = [(picture[:200] if i == 3 else picture, caption) for i, (picture, caption) in enumerate(ten)]
     records = read_records(write(tmp_path / "data", broken))
-    with pytest.warns(UserWarning, match=r"left out: .*(000000003|row 4): not a readable image"):
+    with pytest.warns(UserWarning, match=r"left out: .*(000000003(\.png)?|row 4): not a readable image"):
         found = set(itertools.chain(*pairs(records, batches=9, batch_size=1)))
     assert found == {p for p in set(itertools.chain(*reference)) if ten[3][1] not in p}
     all_broken = read_records(write(tmp_path / "none", [(picture[:200], caption) for picture, caption in ten]))
@@ -337,6 +356,10 @@ def test_what_a_tar_must_not_hold(ten, tmp_path):
     for members, says in ((("x.json", b"{"), "x.json: not valid JSON"), (("x.txt", b"\xff"), "x.txt: not UTF-8")):
         refused(write_tar(tmp_path / "x.tar", [("x.png", ten[0][0]), members]), says)
     refused(write_tar(tmp_path / "x.tar", []), "holds no records")
+    refused(write_tar(tmp_path / "x.tar", [("\udcff.png", ten[0][0])]), "half a character")
+    write_webdataset(tmp_path / "shards", ten)
+    (tmp_path / "shards/z.tar").touch()
+    refused(tmp_path / "shards", "z.tar: not a whole, plain tar")
     with tarfile.open(tmp_path / "y.tar", "w:gz") as tar:
         tar.add(tmp_path / "x.tar", "x.png")
     refused(tmp_path / "y.tar", "unpack a compressed one")
@@ -357,8 +380,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path, name):
         assert len(records) == number and records[number - 1]["captions"][0].endswith(str(number - 1))
         return used
 
-    small, large = peak(3000), peak(9000)
-    assert large < small + 2**21, (small, large)  # the file grows by 6 MB; where a window of 1 MB ends is chance
+    small, large = peak(2000), peak(6000)
+    assert large < small + 2**21, (small, large)  # the file grows by 4 MB; where a window of 1 MB ends is chance
 
 
 def test_a_shuffle_buffer_holds_no_more_than_it_may():
