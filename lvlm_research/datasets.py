@@ -40,7 +40,8 @@ def json_object(text: str | bytes, where: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', None) or getattr(error, 'reason', 'nested too deeply')}); one object is expected here") from None
+        cause = getattr(error, "msg", None) or getattr(error, "reason", "nested too deeply, or a number of too many digits")
+        raise InputError(f"{where}: not valid JSON ({cause}); one object is expected here") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected an object like {{\"image\": ..., \"captions\": [...]}}, found {type(value).__name__}")
     return value

@@ -156,10 +156,12 @@ class JsonStream:
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if isinstance(error, RecursionError) or len(self.text) - self.at > self.LARGEST or not self.more():
-                    raise self.fault(getattr(error, "msg", "nested too deeply")) from None
+            except json.JSONDecodeError as error:  # broken, or it goes on beyond the window
+                if len(self.text) - self.at > self.LARGEST or not self.more():
+                    raise self.fault(error.msg) from None
                 continue
+            except (ValueError, RecursionError):
+                raise self.fault("nested too deeply, or a number of too many digits") from None
             if end < len(self.text) or not self.more():  # a number may go on beyond the window
                 self.at = end
                 return value
@@ -425,7 +427,10 @@ def read_records(
     images: str | Path = "",  # the folder that paths of pictures start from, in formats that have such paths; empty for where the data lie
     fields: Sequence[str] = CAPTION_FIELDS,  # of captions
 ) -> Dataset:
-    "Records in the order of the files, mapped from a file in the temporary folder (TMPDIR; about as large as the captions): `image`, `at`, `captions`, `where` and, as text, the label fields of the first record. Pictures are neither opened nor looked for; InputError names what is wrong."
+    """Records in the order of the files, mapped from a file in the temporary folder (TMPDIR), which is about as large as the captions.
+
+    Columns are `image`, `at`, `captions`, `where` and, as text, the label fields of the first record.
+    Pictures are neither opened nor looked for; InputError names what is wrong."""
     path = Path(os.path.abspath(path))
     reader, files = recognise(path)
     if images and not Path(images).is_dir():
@@ -612,7 +617,8 @@ def record_pairs(
     records = records.select_columns(["where", "captions", "image", "at"])
     there = filter(_is_there, _rows(records))
     if (first := next(there, None)) is None:
-        raise InputError(f"none of the pictures of {len(records):,} records exists (first: {records[0]['image'] or records[0]['where']}); give their folder as 'images'; a record names its picture in a field {', '.join(IMAGE_FIELDS)}")
+        raise InputError(f"none of the pictures of {len(records):,} records exists (first: {records[0]['image'] or records[0]['where']}); "
+                         f"give their folder as 'images'; a record names its picture in a field {', '.join(IMAGE_FIELDS)}")
     if not any(sort_captions(r["captions"], tokenizer)[0] for r in itertools.chain([first], there)):
         raise InputError(f"no caption has fewer than {SHORT_TOKENS} tokens: the contrastive loss needs short ones; add a short caption per picture")
 

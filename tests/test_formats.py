@@ -293,6 +293,8 @@ GOOD = '{"image": "a.png", "caption": "a star"}'
     ("x.json", '{"images": [{"id": 1, "file_name": "b.png"}], "annotations": [{"image_id": 2, "caption": "a star"}]}', "captions of picture 2, which"),
     ("x.json", '{"images": [{"id": 1, "file_name": "../b.png"}], "annotations": [{"image_id": 1, "caption": "a star"}]}', "image 1: picture '../b.png' lies outside"),
     ("x.json", "[" * 100_000, "nested too deeply"),
+    ("x.json", f"[{'1' * 5000}]", "too many digits"),
+    ("x.jsonl", '{"id": ' + "1" * 5000 + "}", "too many digits"),
     ("x.jsonl", f"{GOOD}\n{{\n", "line 2: not valid JSON"),
     ("x.jsonl", f"{GOOD}\n\n", "line 2: not valid JSON"),
     ("x.csv", "Image Path,text_en\nb.png,a star\n", "no captions among 'Image Path', 'text_en'; known are"),
