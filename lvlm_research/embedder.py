@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -201,18 +202,21 @@ def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tenso
     return image, next_token_loss(states, batch.labels, self.model.lm_head)
 
 # %% ../nbs/06_embedder.ipynb #77d0aba2
-def open_image(path: str | Path) -> Image.Image:
-    "A picture file as an upright RGB image; InputError names the file if it is missing or broken."
+def open_image(
+    picture: str | Path | IO[bytes],
+    name: str = "",  # for errors; empty for the path
+) -> Image.Image:
+    "A picture file as an upright RGB image; InputError names it if it is missing or broken."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no news to somebody who wants the pixels
-            with Image.open(path) as image:
+            with Image.open(picture) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image; check the path in captions.jsonl") from None
+        raise InputError(f"{name or picture}: no such image; check the path in captions.jsonl") from None
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
         cause = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise InputError(f"{path}: not a readable image ({cause}); replace or remove it") from None
+        raise InputError(f"{name or picture}: not a readable image ({cause}); replace or remove it") from None
 
 
 def opened(images: list) -> list:
