@@ -82,9 +82,10 @@ class Templates:
         self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.image_text = self._render([{"type": "image"}, {"type": "text", "text": prompt.question("image")}])
-        self.text_prefix, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).split("\0")
-        probe = self._encode(self.text_prefix + "a")
-        self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(probe) :]}
+        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).partition("\0")
+        if not probe or "\0" in suffix:
+            raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
+        self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
         self.opening, self.end = suffix[-24:], [self.tokenizer.eos_token_id]  # what an answer stands between
 
     def answer_prefix(self, question: str) -> list[int]:
@@ -360,9 +361,10 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
 @method_of(DiscriminativeLVLM)
 def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
     "Put saved LoRA weights and soft prompts in place."
-    if config["lora"] or config["soft_prompts"]:
-        check_weights(folder)
-    read = lambda name: check_finite(load_file(folder / name), folder)
+    def read(name: str) -> dict[str, torch.Tensor]:
+        check_weights(folder, name)
+        return check_finite(load_file(folder / name), folder)
+
     if config["lora"]:
         self.lora = LoraConfig.from_pretrained(folder)
         inject_adapter_in_model(self.lora, self.model)

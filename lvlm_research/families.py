@@ -59,7 +59,7 @@ def picture_processor(name: str) -> type[ProcessorMixin]:
         return original
     return type(name, (original,), methods)  # of the same name, which is what a folder stores
 
-# %% ../nbs/05b_families.ipynb #0f5a7a2f
+# %% ../nbs/05b_families.ipynb #3d008c9c
 PLAIN_TEMPLATES = {
     "paligemma": "{% set pictures = messages[0].content | selectattr('type', 'equalto', 'image') | list %}"
                  "{% for picture in pictures %}<image>{% else %}{{ bos_token }}{% endfor %}"
@@ -81,9 +81,11 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
     folder = Path(folder)
     try:
         processor = picture_processor(_named_processor(folder, config)).from_pretrained(folder, backend="pil")
-    except ImportError as error:
+    except InputError:
+        raise
+    except Exception as error:  # a file is missing or damaged, or a class wants torchvision or another package
         cause = " ".join(str(error).split())[:120]
-        raise InputError(f"{folder}: the processor of {config.model_type} cannot be made with PIL alone ({cause})") from None
+        raise InputError(f"{folder}: not a model that can embed: its processor cannot be made, without torchvision ({cause})") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template or PLAIN_TEMPLATES.get(config.model_type)
     if not processor.chat_template:
         raise InputError(f"{folder}: has no chat template; put the one that the model was trained with into chat_template.jinja")
@@ -91,7 +93,7 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         raise InputError(f"{folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json")
     return processor
 
-# %% ../nbs/05b_families.ipynb #8f0951db
+# %% ../nbs/05b_families.ipynb #e2607e1d
 def read_config(folder: str | Path) -> PreTrainedConfig:
     "Config of a model folder that transformers knows without running code from the folder."
     path = Path(folder) / "config.json"
@@ -107,14 +109,14 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
-def check_weights(folder: str | Path) -> None:
+def check_weights(folder: str | Path, pattern: str = "model*.safetensors") -> None:
     "InputError for a folder whose weights are pickles, which run code when they are opened, or that has none."
     folder = Path(folder)
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob(pattern)):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         raise InputError(f"{folder}: not a model with safetensors weights: " + (
             f"{pickles[0]} is a pickle, which can run code when it is opened; load it where that is safe and save_pretrained it as safetensors" if pickles
-            else "there is no *.safetensors file"))
+            else f"there is no {pattern}"))
 
 
 def check_kind(config: PreTrainedConfig) -> None:
