@@ -44,31 +44,34 @@ def lora_size(model: PreTrainedModel, rank: int = 16) -> tuple[list[str], int]:
     names = trunk_linear_names(model)
     return names, sum(rank * (layer.in_features + layer.out_features) for layer in map(model.get_submodule, names))
 
-# %% ../nbs/12a_doctor.ipynb #11496018
+# %% ../nbs/12a_doctor.ipynb #9db56a61
 LONG, SHORT = 100, 30  # tokens of a caption
+
+
+def _widths(config: PreTrainedConfig) -> tuple[int, int]:
+    "Width and inner width of a trunk or a tower; the first Qwen's tower has another name for its own and a ratio for the inner one."
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    return width, getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4))
 
 
 def memory(
     config: PreTrainedConfig,
     counts: dict[str, int],  # of `parameter_counts`
     lora: int,  # parameters
-    tokens: dict[str, int],  # of an image sequence and of a text sequence without the caption: "image", "text"
+    tokens: dict[str, int],  # of an image sequence and of a text sequence without the caption, and patches in the tower: "image", "text", "patches"
     batch: int,
     bytes_per_number: int = 4,
 ) -> dict[str, dict[str, int]]:
     "Estimated bytes for training and for embedding, by what they are for."
     text, vision = config.get_text_config(), config.vision_config
-    width = lambda c, *names: next(getattr(c, name) for name in names if getattr(c, name, None))
-    d, f, layers = text.hidden_size, width(text, "intermediate_size"), text.num_hidden_layers
+    d, f, dv, fv = *_widths(text), *_widths(vision)
     weights = {"weights": sum(counts.values()) * bytes_per_number}
     pair = tokens["image"] + LONG + tokens["text"] + SHORT
-    kept = batch * pair * layers * (9 * d + 4 * f) * bytes_per_number + 8 * batch * LONG * text.vocab_size
-    patches = (np.max(vision.image_size) // np.max(vision.patch_size)) ** 2 if getattr(vision, "image_size", None) else 4 * tokens["image"]
-    dv = width(vision, "embed_dim", "hidden_size")
-    passing = batch * max(tokens["image"] * (6 * d + 3 * f), patches * (6 * dv + 3 * (getattr(vision, "intermediate_size", None) or 4 * dv))) * bytes_per_number
-    return {"training": weights | {"LoRA states": 16 * lora, "activations": kept}, "embedding": weights | {"activations": int(passing)}}
+    kept = batch * pair * text.num_hidden_layers * (9 * d + 4 * f) * bytes_per_number + 8 * batch * LONG * text.vocab_size
+    passing = batch * max(tokens["image"] * (6 * d + 3 * f), tokens["patches"] * (6 * dv + 3 * fv)) * bytes_per_number
+    return {"training": weights | {"LoRA states": 16 * lora, "activations": kept}, "embedding": weights | {"activations": passing}}
 
-# %% ../nbs/12a_doctor.ipynb #915b910b
+# %% ../nbs/12a_doctor.ipynb #506cec55
 @dataclass
 class Report:
     "Lines by their title, and why the folder cannot be an embedder, if so."
@@ -88,9 +91,13 @@ def _amount(number: float, unit: str = "") -> str:
 
 
 def _sequence_tokens(model: PreTrainedModel, templates: Templates) -> tuple[dict[str, int], list[int]]:
-    "Tokens of an image sequence and of a text sequence without its caption, and image tokens of pictures of `PICTURE_SIZES`."
-    rows = [templates.image([np.zeros((height, width, 3), np.uint8)]).input_ids for width, height in PICTURE_SIZES]
-    return {"image": max(row.numel() for row in rows), "text": templates.text(["a"]).input_ids.numel()}, [int((row == model.config.image_token_id).sum()) for row in rows]
+    "Tokens of an image sequence and of a text sequence without its caption, patches in the tower; and image tokens of pictures of `PICTURE_SIZES`."
+    made = [templates.image([np.zeros((height, width, 3), np.uint8)]) for width, height in PICTURE_SIZES]
+    vision = model.config.vision_config
+    patch = 3 * np.max(vision.patch_size) ** 2 * getattr(vision, "temporal_patch_size", 1)
+    tokens = {"image": max(m.input_ids.numel() for m in made), "text": templates.text(["a"]).input_ids.numel(),
+              "patches": int(max(m.vision["pixel_values"].numel() for m in made) // patch)}
+    return tokens, [int((m.input_ids == model.config.image_token_id).sum()) for m in made]
 
 
 def _costs(costs: dict[str, int]) -> str:
@@ -121,7 +128,7 @@ def describe(
             _describe_lvlm(folder, config, batch, report)
         check_weights(folder)
     except InputError as error:
-        report.fault = str(error)
+        report.fault = str(error) if str(folder) in str(error) else f"{folder}: {error}"
     except Exception as error:  # whatever transformers or a chat template make of a damaged folder
         report.fault = f"{folder}: not a model that can embed ({' '.join(str(error).split())[:120]})"
     tested = "its properties are tested on a micro model" if config.model_type in (*TESTED_FAMILIES, *DUAL_ENCODERS) else "untested family: it is put to a trial when it is loaded"

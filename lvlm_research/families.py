@@ -93,7 +93,7 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         raise InputError(f"{folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json")
     return processor
 
-# %% ../nbs/05b_families.ipynb #e2607e1d
+# %% ../nbs/05b_families.ipynb #4581ebcc
 def read_config(folder: str | Path) -> PreTrainedConfig:
     "Config of a model folder that transformers knows without running code from the folder."
     path = Path(folder) / "config.json"
@@ -106,7 +106,10 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         mend = "needs code from the folder (auto_map), which is never run; use a version converted to transformers' classes" if remote else \
             f"model_type {kind!r} is not known to transformers {transformers_version}"
         raise InputError(f"{path}: not a model that can embed: {mend}")
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers checks the values of a config in many places
+        raise InputError(f"{path}: not a model config ({' '.join(str(error).split())[:120]}); give a folder written by save_pretrained") from None
 
 
 def check_weights(folder: str | Path, pattern: str = "model*.safetensors") -> None:
@@ -123,8 +126,8 @@ def check_kind(config: PreTrainedConfig) -> None:
     "InputError for a config that is no image-text-to-text decoder."
     kind, text = config.model_type, config.get_text_config()
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        what = "a language model without eyes: no picture can enter" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else "no image-text-to-text model"
-        raise InputError(f"{kind} is not a model that can embed pictures and texts: it is {what}")
+        what = "a text-only language model" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else "no image-text-to-text model"
+        raise InputError(f"{kind} is not a model that can embed pictures: it is {what}")
     if config.is_encoder_decoder or text.is_encoder_decoder:
         raise InputError(f"{kind} is not a model that can embed here: it is an encoder-decoder, in which no prompt token has read picture and prompt causally")
 

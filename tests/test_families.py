@@ -226,7 +226,7 @@ def without_template(folder):
     ("clip-micro", pickled, "pytorch_model.bin is a pickle, which can run code"),
     ("llava-micro", configured(model_type="my_lvlm", auto_map={"AutoModel": "modeling.My"}), "needs code from the folder (auto_map), which is never run"),
     ("llava-micro", configured(model_type="my_lvlm"), "'my_lvlm' is not known to transformers"),
-    ("llava-micro", configured(model_type="llama"), "a language model without eyes"),
+    ("llava-micro", configured(model_type="llama"), "it is a text-only language model"),
     ("llava-micro", configured(model_type="vit"), "no image-text-to-text model"),
     ("llava-micro", configured(model_type="florence2"), "it is an encoder-decoder"),
     ("llava-micro", configured(model_type="mllama"), "pictures do not enter as tokens"),
