@@ -19,9 +19,7 @@ from .families import picture_processor
 # %% auto #0
 __all__ = ['TEXT', 'VISION', 'QWEN_VISION', 'MROPE', 'SQUARE', 'TILES', 'PIXELS', 'VICUNA', 'VIP', 'INSTRUCT', 'MISTRAL',
            'QWEN_SYSTEM', 'SMOL', 'GEMMA', 'COHERE', 'GLM', 'Recipe', 'MICRO_FAMILIES', 'family_tokenizer',
-           'micro_family', 'llava', 'vipllava', 'llava_next', 'llava_next_video', 'llava_onevision', 'qwen2_vl',
-           'qwen2_5_vl', 'qwen3_vl', 'glm4v', 'idefics3', 'smolvlm', 'idefics2', 'paligemma', 'paligemma2', 'gemma3',
-           'mistral3', 'pixtral', 'internvl', 'aya_vision', 'ovis2']
+           'micro_family']
 
 # %% ../nbs/05c_zoo.ipynb #feb72ab0
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024)
@@ -107,7 +105,7 @@ def micro_family(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrai
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model.eval(), processor
 
-# %% ../nbs/05c_zoo.ipynb #93deb0b9
+# %% ../nbs/05c_zoo.ipynb #430295bc
 _CLIP_TOKENS = dict(patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 
 
@@ -116,14 +114,14 @@ def _square_pictures() -> tf.CLIPImageProcessorPil:
 
 
 @_recipe("llava")
-def llava(base: PreTrainedTokenizerFast):
+def _llava(base: PreTrainedTokenizerFast):
     tokenizer = family_tokenizer(base, VICUNA, bos="<s>", image_token="<image>")
     config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**_text(tokenizer)), image_token_index=tokenizer.image_token_id)
     return tf.LlavaForConditionalGeneration(config), tf.LlavaProcessor(_square_pictures(), tokenizer, chat_template=VICUNA, **_CLIP_TOKENS)
 
 
 @_recipe("vipllava")
-def vipllava(base: PreTrainedTokenizerFast):
+def _vipllava(base: PreTrainedTokenizerFast):
     tokenizer = family_tokenizer(base, VIP, bos="<s>", image_token="<image>")
     config = tf.VipLlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**_text(tokenizer)), vision_feature_layers=[-2, -1],
                                image_token_index=tokenizer.image_token_id)
@@ -131,7 +129,7 @@ def vipllava(base: PreTrainedTokenizerFast):
 
 
 @_recipe("llava_next")
-def llava_next(base: PreTrainedTokenizerFast, kind: str = "LlavaNext"):
+def _llava_next(base: PreTrainedTokenizerFast, kind: str = "LlavaNext"):
     tokenizer = family_tokenizer(base, INSTRUCT, bos="<s>", image_token="<image>", video_token="<video>")
     video = {"video_token_index": tokenizer.video_token_id} if kind == "LlavaNextVideo" else {}
     config = getattr(tf, f"{kind}Config")(vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.MistralConfig(**_text(tokenizer)), image_grid_pinpoints=TILES,
@@ -142,12 +140,12 @@ def llava_next(base: PreTrainedTokenizerFast, kind: str = "LlavaNext"):
 
 
 @_recipe("llava_next_video")
-def llava_next_video(base: PreTrainedTokenizerFast):
-    return llava_next(base, "LlavaNextVideo")
+def _llava_next_video(base: PreTrainedTokenizerFast):
+    return _llava_next(base, "LlavaNextVideo")
 
 
 @_recipe("llava_onevision")
-def llava_onevision(base: PreTrainedTokenizerFast):
+def _llava_onevision(base: PreTrainedTokenizerFast):
     template = _chatml("<image>\n")
     tokenizer = family_tokenizer(base, template, "<|im_start|>", "<|im_end|>", image_token="<image>", video_token="<video>")
     whole = dict(vision_feature_select_strategy="full")
@@ -157,7 +155,7 @@ def llava_onevision(base: PreTrainedTokenizerFast):
     processor = picture_processor("LlavaOnevisionProcessor")(pictures, tokenizer, num_image_tokens=16, chat_template=template, **whole)
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
-# %% ../nbs/05c_zoo.ipynb #7f0b7692
+# %% ../nbs/05c_zoo.ipynb #d32313b1
 _QWEN_TOKENS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
 
 
@@ -172,22 +170,22 @@ def _qwen(base: PreTrainedTokenizerFast, kind: str, vision: dict, before: str = 
 
 
 @_recipe("qwen2_vl")
-def qwen2_vl(base: PreTrainedTokenizerFast):
+def _qwen2_vl(base: PreTrainedTokenizerFast):
     return _qwen(base, "Qwen2VL", dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, patch_size=7), QWEN_SYSTEM)
 
 
 @_recipe("qwen2_5_vl")
-def qwen2_5_vl(base: PreTrainedTokenizerFast):
+def _qwen2_5_vl(base: PreTrainedTokenizerFast):
     return _qwen(base, "Qwen2_5_VL", QWEN_VISION | dict(window_size=28, fullatt_block_indexes=[1]), QWEN_SYSTEM)
 
 
 @_recipe("qwen3_vl")
-def qwen3_vl(base: PreTrainedTokenizerFast):
+def _qwen3_vl(base: PreTrainedTokenizerFast):
     return _qwen(base, "Qwen3VL", QWEN_VISION | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]), head_dim=8)
 
 
 @_recipe("glm4v")
-def glm4v(base: PreTrainedTokenizerFast):
+def _glm4v(base: PreTrainedTokenizerFast):
     named = dict(image_token="<|image|>", video_token="<|video|>", image_start_token="<|begin_of_image|>", image_end_token="<|end_of_image|>",
                  video_start_token="<|begin_of_video|>", video_end_token="<|end_of_video|>")
     tokenizer = family_tokenizer(base, GLM, "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", **named)
@@ -196,7 +194,7 @@ def glm4v(base: PreTrainedTokenizerFast):
     pictures = tf.Glm4vImageProcessorPil(patch_size=7, merge_size=2, size={"shortest_edge": 2 * 28**2, "longest_edge": 2 * 56**2}, **PIXELS)
     return tf.Glm4vForConditionalGeneration(config), picture_processor("Glm4vProcessor")(pictures, tokenizer, chat_template=GLM)
 
-# %% ../nbs/05c_zoo.ipynb #bfe6dcd3
+# %% ../nbs/05c_zoo.ipynb #cf5d3d7a
 def _idefics(base: PreTrainedTokenizerFast, kind: str):
     places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     tokenizer = family_tokenizer(base, SMOL, "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *places)
@@ -208,17 +206,17 @@ def _idefics(base: PreTrainedTokenizerFast, kind: str):
 
 
 @_recipe("idefics3")
-def idefics3(base: PreTrainedTokenizerFast):
+def _idefics3(base: PreTrainedTokenizerFast):
     return _idefics(base, "Idefics3")
 
 
 @_recipe("smolvlm")
-def smolvlm(base: PreTrainedTokenizerFast):
+def _smolvlm(base: PreTrainedTokenizerFast):
     return _idefics(base, "SmolVLM")
 
 
 @_recipe("idefics2")
-def idefics2(base: PreTrainedTokenizerFast):
+def _idefics2(base: PreTrainedTokenizerFast):
     tokenizer = family_tokenizer(base, SMOL, "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<|im_start|>")
     resampler = dict(hidden_size=32, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=4, resampler_head_dim=8, num_key_value_heads=2)
     config = tf.Idefics2Config(vision_config=VISION, perceiver_config=resampler, text_config=tf.MistralConfig(**_text(tokenizer)),
@@ -226,12 +224,12 @@ def idefics2(base: PreTrainedTokenizerFast):
     pictures = tf.Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": 28}, do_image_splitting=False, **PIXELS)
     return tf.Idefics2ForConditionalGeneration(config), tf.Idefics2Processor(pictures, tokenizer, image_seq_len=4, chat_template=SMOL)
 
-# %% ../nbs/05c_zoo.ipynb #e54653f9
+# %% ../nbs/05c_zoo.ipynb #58a92407
 _WINDOWS = dict(query_pre_attn_scalar=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 
 
 @_recipe("paligemma")
-def paligemma(base: PreTrainedTokenizerFast, trunk: str = "gemma", **more):
+def _paligemma(base: PreTrainedTokenizerFast, trunk: str = "gemma", **more):
     tokenizer = family_tokenizer(base, None, bos="<bos>", image_token="<image>")
     pictures = tf.SiglipImageProcessorPil(size=SQUARE, **PIXELS)
     pictures.image_seq_length = 16
@@ -243,20 +241,20 @@ def paligemma(base: PreTrainedTokenizerFast, trunk: str = "gemma", **more):
 
 
 @_recipe("paligemma2")
-def paligemma2(base: PreTrainedTokenizerFast):
-    return paligemma(base, "gemma2", **_WINDOWS | dict(final_logit_softcapping=3.0, attn_logit_softcapping=50.0))
+def _paligemma2(base: PreTrainedTokenizerFast):
+    return _paligemma(base, "gemma2", **_WINDOWS | dict(final_logit_softcapping=3.0, attn_logit_softcapping=50.0))
 
 
 @_recipe("gemma3")
-def gemma3(base: PreTrainedTokenizerFast):
+def _gemma3(base: PreTrainedTokenizerFast):
     named = dict(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     tokenizer = family_tokenizer(base, GEMMA, "<start_of_turn>", "<end_of_turn>", bos="<bos>", **named)
     config = tf.Gemma3Config(text_config=_text(tokenizer, head_dim=8, **_WINDOWS), vision_config=VISION | dict(vision_use_head=False), mm_tokens_per_image=4,
                              **{f"{name}_index": getattr(tokenizer, f"{name}_id") for name in named})
     return tf.Gemma3ForConditionalGeneration(config), tf.Gemma3Processor(tf.Gemma3ImageProcessorPil(size=SQUARE, **PIXELS), tokenizer, image_seq_length=4, chat_template=GEMMA)
 
-# %% ../nbs/05c_zoo.ipynb #53ad42bb
-def _pixtral(base: PreTrainedTokenizerFast, side: int):
+# %% ../nbs/05c_zoo.ipynb #3ea2c054
+def _pixtral_parts(base: PreTrainedTokenizerFast, side: int):
     tokenizer = family_tokenizer(base, MISTRAL, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", bos="<s>")
     vision = tf.PixtralVisionConfig(**VISION | dict(image_size=56), rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     parts = dict(vision_config=vision, text_config=tf.MistralConfig(**_text(tokenizer)), image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), vision_feature_layer=-1)
@@ -264,25 +262,25 @@ def _pixtral(base: PreTrainedTokenizerFast, side: int):
 
 
 @_recipe("mistral3")
-def mistral3(base: PreTrainedTokenizerFast):
-    tokenizer, parts, pictures = _pixtral(base, 14)
+def _mistral3(base: PreTrainedTokenizerFast):
+    tokenizer, parts, pictures = _pixtral_parts(base, 14)
     processor = picture_processor("PixtralProcessor")(pictures, tokenizer, patch_size=7, spatial_merge_size=2, chat_template=MISTRAL)
     return tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(**parts, spatial_merge_size=2)), processor
 
 
 @_recipe("pixtral")
-def pixtral(base: PreTrainedTokenizerFast):
-    tokenizer, parts, pictures = _pixtral(base, 7)
+def _pixtral(base: PreTrainedTokenizerFast):
+    tokenizer, parts, pictures = _pixtral_parts(base, 7)
     config = tf.LlavaConfig(**parts, vision_feature_select_strategy="full")
     return tf.LlavaForConditionalGeneration(config), picture_processor("PixtralProcessor")(pictures, tokenizer, patch_size=7, chat_template=MISTRAL)
 
-# %% ../nbs/05c_zoo.ipynb #8cb096e4
+# %% ../nbs/05c_zoo.ipynb #c9945826
 def _tiles(kind: str):
     return getattr(tf, f"{kind}ImageProcessorPil")(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4, **PIXELS)
 
 
 @_recipe("internvl")
-def internvl(base: PreTrainedTokenizerFast):
+def _internvl(base: PreTrainedTokenizerFast):
     template = _chatml("<IMG_CONTEXT>\n")
     tokenizer = family_tokenizer(base, template, "<|im_start|>", "<|im_end|>", start_image_token="<img>", end_image_token="</img>",
                                  context_image_token="<IMG_CONTEXT>", video_token="<video>")
@@ -293,7 +291,7 @@ def internvl(base: PreTrainedTokenizerFast):
 
 
 @_recipe("aya_vision")
-def aya_vision(base: PreTrainedTokenizerFast):
+def _aya_vision(base: PreTrainedTokenizerFast):
     tokenizer = family_tokenizer(base, COHERE, "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "<|START_OF_TURN_TOKEN|>",
                                  "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", bos="<BOS_TOKEN>")
     config = tf.AyaVisionConfig(vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False), text_config=tf.Cohere2Config(**_text(tokenizer)),
@@ -303,7 +301,7 @@ def aya_vision(base: PreTrainedTokenizerFast):
 
 
 @_recipe("ovis2")
-def ovis2(base: PreTrainedTokenizerFast):
+def _ovis2(base: PreTrainedTokenizerFast):
     template, brackets = _chatml("<image>\n"), ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
     tokenizer = family_tokenizer(base, template, "<|im_start|>", "<|im_end|>", "<IMG_ATOM>", *brackets, image_token="<image>")
     vision = VISION | dict(vocab_size=40, num_visual_indicator_tokens=len(brackets), hidden_stride=2, tokenize_function="softmax")
