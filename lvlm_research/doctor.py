@@ -71,7 +71,7 @@ def memory(
     passing = batch * max(tokens["image"] * (6 * d + 3 * f), tokens["patches"] * (6 * dv + 3 * fv)) * bytes_per_number
     return {"training": weights | {"LoRA states": 16 * lora, "activations": kept}, "embedding": weights | {"activations": passing}}
 
-# %% ../nbs/12a_doctor.ipynb #506cec55
+# %% ../nbs/12a_doctor.ipynb #e6d6edc6
 @dataclass
 class Report:
     "Lines by their title, and why the folder cannot be an embedder, if so."
@@ -131,7 +131,8 @@ def describe(
         report.fault = str(error) if str(folder) in str(error) else f"{folder}: {error}"
     except Exception as error:  # whatever transformers or a chat template make of a damaged folder
         report.fault = f"{folder}: not a model that can embed ({' '.join(str(error).split())[:120]})"
-    tested = "its properties are tested on a micro model" if config.model_type in (*TESTED_FAMILIES, *DUAL_ENCODERS) else "untested family: it is put to a trial when it is loaded"
+    tested = "its properties are tested on a micro model" if config.model_type in (*TESTED_FAMILIES, *DUAL_ENCODERS) else \
+        "untested family: it is put to a trial when it is loaded"
     report.lines["supported"] = f"no: {report.fault}" if report.fault else f"yes; {tested}"
     return report
 

@@ -154,9 +154,9 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever a family makes of a config that contradicts itself
         raise InputError(f"{config.model_type} is not a model that can be built here ({' '.join(str(error).split())[:120]})") from None
 
-# %% ../nbs/05b_families.ipynb #0d0e2001
-TESTED_FAMILIES = ("aya_vision", "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
-                   "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "vipllava")
+# %% ../nbs/05b_families.ipynb #c581f2f7
+TESTED_FAMILIES = ("aya_vision", "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
+                   "mistral3", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "vipllava")
 
 
 def check_finite(tensors: dict[str, torch.Tensor], folder: str | Path) -> dict[str, torch.Tensor]:

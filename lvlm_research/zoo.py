@@ -21,7 +21,7 @@ __all__ = ['TEXT', 'VISION', 'QWEN_VISION', 'MROPE', 'SQUARE', 'TILES', 'PIXELS'
            'QWEN_SYSTEM', 'SMOL', 'GEMMA', 'COHERE', 'GLM', 'Recipe', 'MICRO_FAMILIES', 'family_tokenizer',
            'micro_family']
 
-# %% ../nbs/05c_zoo.ipynb #feb72ab0
+# %% ../nbs/05c_zoo.ipynb #07b06a4b
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)
 QWEN_VISION = dict(depth=2, hidden_size=32, num_heads=4, patch_size=7, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32, intermediate_size=64)
@@ -48,9 +48,10 @@ def family_tokenizer(
 
 def _text(tokenizer: PreTrainedTokenizerFast, **more) -> dict:
     "The trunk's config for this vocabulary."
-    return TEXT | dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id) | more
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    return TEXT | {"vocab_size": len(tokenizer)} | ids | more
 
-# %% ../nbs/05c_zoo.ipynb #6cc8416f
+# %% ../nbs/05c_zoo.ipynb #7bf44c26
 _PARTS = "{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}"
 
 
@@ -80,7 +81,8 @@ VIP = _template("###Human: CONTENT", "###Assistant:", "<image>\n", "A chat betwe
 INSTRUCT = _template("[INST] CONTENT [/INST]", "", "<image>\n", "{{ bos_token }}")
 MISTRAL = _template("[INST]CONTENT[/INST]", "", "[IMG]", "{{ bos_token }}[SYSTEM_PROMPT]You are a helpful assistant.[/SYSTEM_PROMPT]")
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-SMOL = _template("{{ message.role | capitalize }}:{% if message.content[0].type != 'image' %} {% endif %}CONTENT<end_of_utterance>\n", "Assistant:", "<image>", "<|im_start|>")
+SMOL = _template("{{ message.role | capitalize }}:{% if message.content[0].type != 'image' %} {% endif %}CONTENT<end_of_utterance>\n", "Assistant:", "<image>",
+                 "<|im_start|>")
 GEMMA = _template("<start_of_turn>{role}\nCONTENT<end_of_turn>\n", "<start_of_turn>model\n", "<start_of_image>", "{{ bos_token }}", _TRIMMED)
 COHERE = _template("<|START_OF_TURN_TOKEN|>CONTENT<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "<image>", "{{ bos_token }}")
 GLM = _template("<|{role}|>\nCONTENT", "<|assistant|>\n", "<|begin_of_image|><|image|><|end_of_image|>", "[gMASK]<sop>")
@@ -224,7 +226,7 @@ def _idefics2(base: PreTrainedTokenizerFast):
     pictures = tf.Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": 28}, do_image_splitting=False, **PIXELS)
     return tf.Idefics2ForConditionalGeneration(config), tf.Idefics2Processor(pictures, tokenizer, image_seq_len=4, chat_template=SMOL)
 
-# %% ../nbs/05c_zoo.ipynb #58a92407
+# %% ../nbs/05c_zoo.ipynb #dacec690
 _WINDOWS = dict(query_pre_attn_scalar=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 
 
@@ -251,13 +253,15 @@ def _gemma3(base: PreTrainedTokenizerFast):
     tokenizer = family_tokenizer(base, GEMMA, "<start_of_turn>", "<end_of_turn>", bos="<bos>", **named)
     config = tf.Gemma3Config(text_config=_text(tokenizer, head_dim=8, **_WINDOWS), vision_config=VISION | dict(vision_use_head=False), mm_tokens_per_image=4,
                              **{f"{name}_index": getattr(tokenizer, f"{name}_id") for name in named})
-    return tf.Gemma3ForConditionalGeneration(config), tf.Gemma3Processor(tf.Gemma3ImageProcessorPil(size=SQUARE, **PIXELS), tokenizer, image_seq_length=4, chat_template=GEMMA)
+    pictures = tf.Gemma3ImageProcessorPil(size=SQUARE, **PIXELS)
+    return tf.Gemma3ForConditionalGeneration(config), tf.Gemma3Processor(pictures, tokenizer, image_seq_length=4, chat_template=GEMMA)
 
-# %% ../nbs/05c_zoo.ipynb #3ea2c054
+# %% ../nbs/05c_zoo.ipynb #828caa66
 def _pixtral_parts(base: PreTrainedTokenizerFast, side: int):
     tokenizer = family_tokenizer(base, MISTRAL, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", bos="<s>")
     vision = tf.PixtralVisionConfig(**VISION | dict(image_size=56), rope_parameters={"rope_type": "default", "rope_theta": 1e4})
-    parts = dict(vision_config=vision, text_config=tf.MistralConfig(**_text(tokenizer)), image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), vision_feature_layer=-1)
+    parts = dict(vision_config=vision, text_config=tf.MistralConfig(**_text(tokenizer)), vision_feature_layer=-1,
+                 image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"))
     return tokenizer, parts, tf.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": side, "width": side}, **PIXELS)
 
 

@@ -245,8 +245,13 @@ def test_a_folder_that_is_refused(source, damage, says, tmp_path, capsys):
 
 
 def test_an_adapter_of_pickles_or_with_nan_is_refused(tmp_path):
-    for name, damage, says in (("bin", lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "adapter_model.bin is a pickle"),
-                               ("nan", lambda d: (save_file({k: v * float("nan") for k, v in load_file(d / "soft_prompts.safetensors").items()}, d / "soft_prompts.safetensors")), "holds NaN")):
+    def rename(folder):
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+    def spoil_prompts(folder):
+        save_file({k: v * float("nan") for k, v in load_file(folder / "soft_prompts.safetensors").items()}, folder / "soft_prompts.safetensors")
+
+    for name, damage, says in (("bin", rename, "adapter_model.bin is a pickle"), ("nan", spoil_prompts, "holds NaN")):
         shutil.copytree(CHECKPOINTS / "vladva-micro", tmp_path / name)
         damage(tmp_path / name)
         with pytest.raises(InputError, match=says):
