@@ -16,19 +16,20 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, write_beside
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
+from .families import check_finite, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
 from .public_benchmarks import YesNo, text_only_scores
 
 # %% auto #0
-__all__ = ['Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows', 'evaluate',
-           'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows',
+           'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -39,55 +40,65 @@ class Embedder(Protocol):
     def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor: ...
 
 
-class ClipEmbedder:
-    "Any transformers CLIP folder."
+DUAL_ENCODERS = ("clip", "metaclip_2", "siglip", "siglip2")
 
-    def __init__(self, model: CLIPModel, processor: CLIPProcessor):
+
+class ClipEmbedder:
+    "Any transformers CLIP, SigLIP or SigLIP 2 folder."
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
-        return cls(CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPProcessor.from_pretrained(folder, backend="pil"))
+        check_weights(folder)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        check_finite(model.state_dict(), folder)
+        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil"))
 
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
         def encode(batch: list) -> torch.Tensor:
-            pixels = self.processor(images=opened(batch), return_tensors="pt").to(self.model.device)
+            pixels = self.processor.image_processor(opened(batch), return_tensors="pt").to(self.model.device)  # as the folder says; SigLIP 2's processor overrules it
             return F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
 
         return in_batches(images, batch_size, encode, progress=progress)
 
     @torch.inference_mode()
     def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
-        tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
-        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id  # CLIP pools at the end token, which must survive truncation
-
         def encode(batch: list[str]) -> torch.Tensor:
-            ids = tokenizer(batch, truncation=True, max_length=longest if ends else longest - 1).input_ids
-            ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
-            tokens = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-            features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            return F.normalize(features.pooler_output, dim=-1)
+            tokens = {name: t.to(self.model.device) for name, t in self._tokens(batch).items()}
+            return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
 
         return in_batches(texts, batch_size, encode, length=len, progress=progress)
+
+    def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Token ids as the family was trained on them, and for CLIP the mask."
+        tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
+        if self.model.config.model_type.startswith("siglip"):
+            return {"input_ids": tokenizer(texts, truncation=True, max_length=longest, padding="max_length", return_tensors="pt").input_ids}
+        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+        ids = tokenizer(texts, truncation=True, max_length=longest if ends else longest - 1).input_ids
+        ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
+        return dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
 
 def load_embedder(
     folder: str | Path,
     prompt: Prompt = SUMMARY,  # of a plain LVLM; an adapter has its own, a CLIP none
 ) -> Embedder:
-    "A CLIP, an LVLM or a trained adapter, whatever the folder holds."
+    "A CLIP, a SigLIP, an LVLM or a trained adapter, whatever the folder holds."
     quiet_loading()
     folder = find_model(folder)
-    is_clip = (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text(errors="replace")
+    is_clip = (folder / "config.json").is_file() and read_config(folder).model_type in DUAL_ENCODERS
     try:
         embedder = ClipEmbedder.from_pretrained(folder) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt)
     except InputError:
         raise
     except Exception as error:  # whatever transformers, safetensors or json make of a damaged folder
         cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, an image-text-to-text model or an adapter") from None
+        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, a SigLIP, an image-text-to-text model or an adapter") from None
     (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
     return embedder
 

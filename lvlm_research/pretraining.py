@@ -395,7 +395,7 @@ class Pretraining(FitModule):
         ids, vision = batch.input_ids.to(self.device), {}
         if batch.scenes is not None:
             vision = picture_inputs(self.model, scene_pixels(batch.scenes, self.model.config.vision_config.image_size, self.device))
-        return trunk_states(self.model, self.model.get_input_embeddings()(ids), ids, torch.ones_like(ids), vision)
+        return trunk_states(self.model, ids, torch.ones_like(ids), vision)
 
     def training_step(self, batch: Conversations, index: int) -> torch.Tensor:
         loss = next_token_loss(self.hidden(batch), batch.labels.to(self.device), self.model.lm_head)
