@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .backbones import language_head
 from .embedder import DiscriminativeLVLM, in_batches
 from .losses import token_losses
 from .prompts import Prompt
@@ -46,7 +47,7 @@ def read_out(embedder: DiscriminativeLVLM, items: list, modality: str, batch_siz
     def encode(batch: list) -> torch.Tensor:
         sequences = make(batch).to(embedder.device)
         states = embedder(sequences, modality)[torch.arange(len(batch)), sequences.last]
-        return torch.cat([F.normalize(states.float(), dim=-1), embedder.model.lm_head(states).float().log_softmax(-1)], 1)
+        return torch.cat([F.normalize(states.float(), dim=-1), language_head(embedder.model)(states).float().log_softmax(-1)], 1)
 
     found = in_batches(items, batch_size, encode, length=len if modality == "text" else None)
     width = embedder.model.get_input_embeddings().embedding_dim
@@ -82,7 +83,7 @@ def rank_change(before: torch.Tensor, after: torch.Tensor, draws: int = 200, see
 @torch.no_grad()
 def summary_attention(embedder: DiscriminativeLVLM, images: list, batch_size: int = 32) -> torch.Tensor:
     "Attention from the summary token to image tokens, `(N, layers, heads, image tokens)`; rows sum to the share that images get."
-    trunk, before = embedder.model.model.language_model, embedder.model.config._attn_implementation
+    trunk, before = embedder.model.get_decoder(), embedder.model.config._attn_implementation
     trunk.set_attn_implementation("eager")  # the only kernel that returns its weights
     kept = []
     hooks = [layer.self_attn.register_forward_hook(lambda module, args, out: kept.append(out[1])) for layer in trunk.layers]
@@ -120,7 +121,7 @@ def caption_nll(embedder: DiscriminativeLVLM, images: list, captions: list[str],
     losses = []
     for start in range(0, len(images), batch_size):
         batch = asker.templates.image(images[start : start + batch_size], captions[start : start + batch_size]).to(asker.device)
-        found, row = token_losses(asker(batch, "image"), batch.labels, asker.model.lm_head)
+        found, row = token_losses(asker(batch, "image"), batch.labels, language_head(asker.model))
         total, tokens = (found.new_zeros(len(batch.labels)).index_add(0, row, x) for x in (found, torch.ones_like(found)))
         losses.append((total / tokens).cpu())
     return torch.cat(losses).numpy()

@@ -5,7 +5,8 @@
 # %% ../nbs/05_backbones.ipynb #8b22f758
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,10 @@ from transformers.utils import logging as hf_logging
 from .scenes import long_caption, sample_scenes, short_caption
 
 # %% auto #0
-__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'Size', 'larger', 'train_tokenizer', 'qwen2vl_tokenizer',
-           'world_tokenizer', 'quiet_loading', 'micro_clip', 'micro_llava', 'Qwen2VLPictureProcessor', 'micro_qwen2vl',
-           'projector', 'image_features', 'picture_inputs', 'positions', 'trunk_states']
+__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'PREFIX_ATTENTION', 'Size', 'larger', 'train_tokenizer',
+           'qwen2vl_tokenizer', 'world_tokenizer', 'quiet_loading', 'micro_clip', 'micro_llava',
+           'Qwen2VLPictureProcessor', 'micro_qwen2vl', 'projector', 'image_features', 'picture_inputs', 'positions',
+           'token_types', 'trunk_states', 'language_head']
 
 # %% ../nbs/05_backbones.ipynb #e757989a
 @dataclass(frozen=True)
@@ -201,6 +203,9 @@ def picture_inputs(
     return {"pixel_values": patches.reshape(n * side**2, -1), "image_grid_thw": torch.tensor([[1, side, side]] * n, device=pictures.device)}
 
 # %% ../nbs/05_backbones.ipynb #81bd432b
+PREFIX_ATTENTION = ("paligemma",)  # families whose token types say what is prefix; those of the others say what is picture
+
+
 def positions(
     model: PreTrainedModel,
     input_ids: torch.Tensor,  # (B, T)
@@ -214,19 +219,45 @@ def positions(
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
+def token_types(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # (B, T)
+    attention_mask: torch.Tensor,  # (B, T)
+    last: torch.Tensor | None,  # (B,), where the prefix ends; None: with the row
+) -> dict[str, torch.Tensor]:
+    "What the model wants to know of each token, by the name of its argument: `(B, T)`, or nothing."
+    asked = [name for name in ("token_type_ids", "mm_token_type_ids") if name in inspect.signature(model.model.forward).parameters]
+    if model.config.model_type not in PREFIX_ATTENTION:
+        types = (input_ids == model.config.image_token_id).int()
+    elif last is None:
+        types = 1 - attention_mask
+    else:
+        types = (torch.arange(input_ids.shape[1], device=last.device) > last[:, None]).int()
+    return dict.fromkeys(asked, types)
+
+
 def trunk_states(
     model: PreTrainedModel,
-    embeddings: torch.Tensor,  # (B, T, D) of the tokens
     input_ids: torch.Tensor,  # (B, T)
     attention_mask: torch.Tensor,  # (B, T)
     vision: dict[str, torch.Tensor],  # of all pictures, in the order of the rows; empty for text
+    last: torch.Tensor | None = None,  # (B,), the last prompt token, after which a caption may follow
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None,  # of the token embeddings (B, T, D): places soft prompts
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of the language model, pictures included."
-    if vision:
-        features = torch.cat(image_features(model, vision)).to(embeddings.dtype)
-        at_image = (input_ids == model.config.image_token_id)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(at_image, features)
     padded_left = not bool(attention_mask[:, 0].all())
-    mask = attention_mask if padded_left else None  # right padding lies in the causal future of every real token
-    where = positions(model, input_ids, attention_mask, vision)
-    return model.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=where, use_cache=False).last_hidden_state
+    inputs = {"attention_mask": attention_mask if padded_left else None,  # right padding lies in the causal future of every real token
+              "position_ids": positions(model, input_ids, attention_mask, vision), **token_types(model, input_ids, attention_mask, last)}
+    if vision:
+        inputs |= vision | {"pixel_values": vision["pixel_values"].to(model.dtype)}
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, embeddings: edit(embeddings) if edit else None)
+    try:
+        return model.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    finally:
+        hook.remove()
+
+
+def language_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    "States `(..., D)` to logits `(..., V)`, as the model's own forward pass makes them (Gemma 2 caps its logits softly)."
+    linear, cap = model.get_output_embeddings(), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return linear if cap is None else lambda states: cap * torch.tanh(linear(states) / cap)

@@ -51,6 +51,7 @@ class Profile:
     study_images: int = 500  # validation scenes of the analyses (prompts, spectra, attention)
     precision: str = "32-true"
     draws: int = 1000  # of the bootstrap
+    keep_seconds: float = 120.0  # between two writes of the state of a training
 
 
 PROFILES = {p.name: p for p in (

@@ -5,7 +5,7 @@
 # %% ../nbs/07_dual_encoder.ipynb #8b22f758
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -117,19 +117,17 @@ def dual_batches(
     seed: int,
     negatives: bool = False,  # add one hard negative caption per pair (NegCLIP)
     regions_only: bool = False,  # no text and few empty quarters: the first stage of the tower
-) -> Callable[[], Iterator[dict]]:
-    "A stream of `{scenes, text}`; `text` holds `B` captions, then `B` negatives if asked for."
+) -> Callable[[int], dict]:
+    "`{scenes, text}` of any step; `text` holds `B` captions, then `B` negatives if asked for."
 
-    def make() -> Iterator[dict]:
-        rng = np.random.default_rng(seed)
-        while True:
-            if regions_only:
-                yield {"scenes": sample_scenes(batch_size, rng, counts=(2, 3, 4, 4, 4, 4)), "text": None}
-            else:
-                scenes = sample_albums(batch_size, rng)
-                yield {"scenes": scenes, "text": _tokenize(processor, *_captions(scenes, rng, negatives))}
+    def draw(step: int) -> dict:
+        rng = np.random.default_rng([seed, step])
+        if regions_only:
+            return {"scenes": sample_scenes(batch_size, rng, counts=(2, 3, 4, 4, 4, 4)), "text": None}
+        scenes = sample_albums(batch_size, rng)
+        return {"scenes": scenes, "text": _tokenize(processor, *_captions(scenes, rng, negatives))}
 
-    return make
+    return draw
 
 
 def _captions(scenes: Scenes, rng: np.random.Generator, negatives: bool) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -22,18 +23,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .backbones import Qwen2VLPictureProcessor, quiet_loading, trunk_states
+from .backbones import language_head, trunk_states
 from .config import InputError, find_model, method_of
+from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .losses import next_token_loss, token_losses
 from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
            'DiscriminativeLVLM', 'forward', 'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches',
-           'encode_image', 'encode_text', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
-           'save_pretrained', 'load_lvlm', 'from_pretrained']
+           'encode_image', 'encode_text', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
+           'save_pretrained', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -80,11 +81,13 @@ class Templates:
 
     def __init__(self, processor, prompt: Prompt):
         self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.image_text = self._render([{"type": "image"}, {"type": "text", "text": prompt.question("image")}])
-        self.text_prefix, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).split("\0")
-        probe = self._encode(self.text_prefix + "a")
-        self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(probe) :]}
-        self.end = [self.tokenizer.eos_token_id]
+        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).partition("\0")
+        if not probe or "\0" in suffix:
+            raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
+        self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
+        self.opening, self.end = suffix[-24:], [self.tokenizer.eos_token_id]  # what an answer stands between
 
     def answer_prefix(self, question: str) -> list[int]:
         "Token ids up to where the answer to a question without a picture begins."
@@ -93,11 +96,13 @@ class Templates:
     def _render(self, content: list[dict]) -> str:
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
+    def _lacks_bos(self, text: str) -> bool:
+        "Whether the tokenizer has to add what begins a text: the template may have written it."
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
     def _encode(self, texts):
         "Token ids; the template brings its own special tokens, so none are added twice."
-        first = texts if isinstance(texts, str) else texts[0]
-        bos = self.tokenizer.bos_token
-        return self.tokenizer(texts, add_special_tokens=not (bos and first.startswith(bos))).input_ids
+        return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
     def text(self, texts: list[str], side: str = "right") -> Sequences:
         "Text sequences: caption, then the text prompt."
@@ -106,16 +111,22 @@ class Templates:
 
     def image(self, images: list, captions: list[str] | None = None, side: str = "right") -> Sequences:
         "Image sequences: picture, image prompt, then the long caption where there is one."
-        made = self.processor(images=images, text=[self.image_text] * len(images), return_tensors="pt", padding=True)
+        made = self.processed(images, [self.image_text] * len(images))
         prompts = [row[keep].tolist() for row, keep in zip(made["input_ids"], made["attention_mask"].bool())]
-        vision = {name: made[name] for name in self.processor.image_processor.model_input_names}  # what it says per token is out of date below
+        names = self.processor.image_processor.model_input_names  # what the processor says token by token is out of date below
+        vision = {name: made[name] for name in names if name in made}
         continuation = [self.continuation(c) if c else [] for c in captions or [""] * len(images)]
         return collate(prompts, continuation, self.tokenizer.pad_token_id, vision, side)
 
+    def processed(self, images: list, texts: list[str], side: str = "right"):
+        "What the family's processor makes of pictures and the text around each; some families want a list of pictures per row."
+        rows = [[Image.fromarray(i) if isinstance(i, np.ndarray) else i] for i in images]
+        return self.processor(images=rows, text=texts, add_special_tokens=self._lacks_bos(texts[0]), return_tensors="pt", padding=True, padding_side=side)
+
     def continuation(self, caption: str) -> list[int]:
         "Token ids of an answer after the image prompt, end token included."
-        opening = self.image_text[-24:]  # enough context for the tokenizer to split as it would in place
-        return self._encode(opening + caption)[len(self._encode(opening)) :] + self.end
+        ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids(self.opening + caption)[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
 class FoldedLinear(LoraLinear):
@@ -138,7 +149,7 @@ def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
 # %% ../nbs/06_embedder.ipynb #df43f09c
 def trunk_linear_names(model: nn.Module) -> list[str]:
     "Full names of the linear layers of the language model: where LoRA goes. The head, the projector and the vision tower are left alone."
-    trunk = model.model.language_model
+    trunk = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is trunk)
     return [f"{prefix}.{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
 
@@ -159,8 +170,8 @@ class DiscriminativeLVLM(nn.Module):
 
     def add_soft_prompts(self) -> "DiscriminativeLVLM":
         "Make both prompt spans learnable, starting from the embeddings of their own tokens (VladVA section 3)."
-        table, spans = self.model.get_input_embeddings().weight, self.templates.spans | {"image": self._image_span()}
-        self.soft_prompts = SoftPrompts(**{name: table[torch.tensor(ids)] for name, ids in spans.items()})
+        embed, spans = self.model.get_input_embeddings(), self.templates.spans | {"image": self._image_span()}
+        self.soft_prompts = SoftPrompts(**{name: embed(torch.tensor(ids, device=self.device)) for name, ids in spans.items()})
         return self
 
     def _image_span(self) -> list[int]:
@@ -180,10 +191,8 @@ class DiscriminativeLVLM(nn.Module):
 @method_of(DiscriminativeLVLM)
 def forward(self, batch: Sequences, modality: str) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of a batch."
-    embeddings = self.model.get_input_embeddings()(batch.input_ids)
-    if self.soft_prompts is not None:
-        embeddings = self.soft_prompts.place(embeddings, batch.last, modality)
-    return trunk_states(self.model, embeddings, batch.input_ids, batch.attention_mask, batch.vision)
+    edit = None if self.soft_prompts is None else lambda embeddings: self.soft_prompts.place(embeddings, batch.last, modality)
+    return trunk_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit)
 
 
 @method_of(DiscriminativeLVLM)
@@ -198,21 +207,24 @@ def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tenso
     "Image embeddings and the next-token loss of the long captions, from one forward pass."
     states = self.forward(batch, "image")
     image = F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
-    return image, next_token_loss(states, batch.labels, self.model.lm_head)
+    return image, next_token_loss(states, batch.labels, language_head(self.model))
 
 # %% ../nbs/06_embedder.ipynb #77d0aba2
-def open_image(path: str | Path) -> Image.Image:
-    "A picture file as an upright RGB image; InputError names the file if it is missing or broken."
+def open_image(
+    picture: str | Path | IO[bytes],
+    name: str = "",  # for errors; empty for the path
+) -> Image.Image:
+    "A picture file as an upright RGB image; InputError names it if it is missing or broken."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no news to somebody who wants the pixels
-            with Image.open(path) as image:
+            with Image.open(picture) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image; check the path in captions.jsonl") from None
+        raise InputError(f"{name or picture}: no such image; check the path in captions.jsonl") from None
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
         cause = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise InputError(f"{path}: not a readable image ({cause}); replace or remove it") from None
+        raise InputError(f"{name or picture}: not a readable image ({cause}); replace or remove it") from None
 
 
 def opened(images: list) -> list:
@@ -251,21 +263,45 @@ def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = 
     encode = lambda b: self.embed(self.templates.text(b).to(self.device), "text")
     return in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress)[torch.as_tensor(back)]
 
+# %% ../nbs/06_embedder.ipynb #b4dc2c12
+@method_of(DiscriminativeLVLM)
+@torch.inference_mode()
+def tried(self) -> DiscriminativeLVLM:
+    "The embedder itself; InputError if its family is untested and the embedding depends on batch mates or on a caption that follows."
+    family = self.model.config.model_type
+    if family not in TESTED_FAMILIES:
+        pictures = [np.full(shape, 200, np.uint8) for shape in ((64, 64, 3), (64, 160, 3))]
+        try:
+            alone = torch.cat([self.embed(self.templates.image([picture]).to(self.device), "image") for picture in pictures])
+            change = (self.embed(self.templates.image(pictures, ["a", "a caption that is longer"]).to(self.device), "image") - alone).abs().max().item()
+        except Exception as error:  # whatever a family makes of rows that its processor did not lay out
+            raise InputError(f"{self.base}: {family} is not a model that can embed here: its forward pass fails ({' '.join(str(error).split())[:120]})") from None
+        if not change < 1e-3:
+            raise InputError(f"{self.base}: {family} is not a model that can embed here: batch mates or a caption that follows change the embedding by {change:.2g}")
+    return self
+
 # %% ../nbs/06_embedder.ipynb #285265a7
 @method_of(DiscriminativeLVLM)
-def generate(self, images: list, question: str, adapter: bool = False, max_new_tokens: int = 128) -> list[str]:
-    "Greedy answers to one question about each picture, with LoRA off (the base model) or on."
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    processor = self.templates.processor
-    text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    batch = processor(images=images, text=[text] * len(images), return_tensors="pt", padding=True, padding_side="left").to(self.device)
+def generate(
+    self,
+    images: list,
+    question: str | list[str],  # the same about every picture, or one about each
+    adapter: bool = False,  # with LoRA on; off is the base model
+    max_new_tokens: int = 128,
+) -> list[str]:
+    "Greedy answers to a question about each picture."
+    questions = [question] * len(images) if isinstance(question, str) else question
+    asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}]
+    text = [self.templates.processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
+    batch = self.templates.processed(images, text, side="left").to(self.device)
+    batch.pop("labels", None)  # PaliGemma's processor makes them unasked
     self.enable_adapter(adapter)
     try:
         with torch.inference_mode():
             out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     finally:
         self.enable_adapter(True)
-    return [t.strip() for t in processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [t.strip() for t in self.templates.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
 @method_of(DiscriminativeLVLM)
@@ -284,9 +320,8 @@ def text_log_likelihood(self, texts: list[str], question: str = "describe the pi
 
     def encode(batch: list[str]) -> torch.Tensor:
         rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
-        embeddings = self.model.get_input_embeddings()(rows.input_ids)
-        states = trunk_states(self.model, embeddings, rows.input_ids, rows.attention_mask, rows.vision)
-        losses, row = token_losses(states, rows.labels, self.model.lm_head)
+        states = trunk_states(self.model, rows.input_ids, rows.attention_mask, rows.vision, rows.last)
+        losses, row = token_losses(states, rows.labels, language_head(self.model))
         return -losses.new_zeros(len(batch)).index_add(0, row, losses)[:, None]
 
     return in_batches(texts, batch_size, encode, length=len)[:, 0]
@@ -319,25 +354,16 @@ def save_pretrained(self, folder: str | Path) -> Path:
     return folder
 
 # %% ../nbs/06_embedder.ipynb #359a5066
-def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    "A generative checkpoint and its processor, without remote code and without torchvision."
-    quiet_loading()
-    folder = find_model(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    made_by = Qwen2VLPictureProcessor if model.config.model_type == "qwen2_vl" else AutoProcessor  # published folders name the class that reads videos
-    return model, made_by.from_pretrained(folder, backend="pil")
-
-
 @method_of(DiscriminativeLVLM)
 @classmethod
 def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, prompt: Prompt = SUMMARY) -> DiscriminativeLVLM:
     "Load a saved adapter on its base (which has its own prompt), or a plain LVLM checkpoint as the zero-shot embedder with this prompt."
     folder = find_model(folder)
     if not (folder / CONFIG_NAME).exists():
-        return cls(*load_lvlm(folder), prompt=prompt, base=str(folder))
+        return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
     config = json.loads((folder / CONFIG_NAME).read_text())
     name = str(base or config["base"])
-    self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name)
+    self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
     if weights_hash(self.model) != config["base_sha256"]:
         raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")
     return self._load_trained(folder, config)
@@ -346,11 +372,15 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
 @method_of(DiscriminativeLVLM)
 def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
     "Put saved LoRA weights and soft prompts in place."
+    def read(name: str) -> dict[str, torch.Tensor]:
+        check_weights(folder, name)
+        return check_finite(load_file(folder / name), folder)
+
     if config["lora"]:
         self.lora = LoraConfig.from_pretrained(folder)
         inject_adapter_in_model(self.lora, self.model)
         fold_small_layers(self.model)
-        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+        set_peft_model_state_dict(self.model, read("adapter_model.safetensors"), adapter_name="default")
     if config["soft_prompts"]:
-        self.soft_prompts = SoftPrompts(**load_file(folder / "soft_prompts.safetensors"))
+        self.soft_prompts = SoftPrompts(**read("soft_prompts.safetensors"))
     return self.requires_grad_(False).eval()

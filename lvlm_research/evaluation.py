@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,18 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from transformers import CLIPModel, CLIPProcessor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, write_beside
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
+from .families import check_finite, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
+from .public_benchmarks import YesNo, text_only_scores
 
 # %% auto #0
-__all__ = ['Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows', 'evaluate',
-           'evaluate_blind', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows',
+           'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -35,55 +40,65 @@ class Embedder(Protocol):
     def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor: ...
 
 
-class ClipEmbedder:
-    "Any transformers CLIP folder."
+DUAL_ENCODERS = ("clip", "metaclip_2", "siglip", "siglip2")
 
-    def __init__(self, model: CLIPModel, processor: CLIPProcessor):
+
+class ClipEmbedder:
+    "Any transformers CLIP, SigLIP or SigLIP 2 folder."
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
-        return cls(CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPProcessor.from_pretrained(folder, backend="pil"))
+        check_weights(folder)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        check_finite(model.state_dict(), folder)
+        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil"))
 
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
         def encode(batch: list) -> torch.Tensor:
-            pixels = self.processor(images=opened(batch), return_tensors="pt").to(self.model.device)
+            pixels = self.processor.image_processor(opened(batch), return_tensors="pt").to(self.model.device)  # as the folder says; SigLIP 2's processor overrules it
             return F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
 
         return in_batches(images, batch_size, encode, progress=progress)
 
     @torch.inference_mode()
     def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
-        tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
-        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id  # CLIP pools at the end token, which must survive truncation
-
         def encode(batch: list[str]) -> torch.Tensor:
-            ids = tokenizer(batch, truncation=True, max_length=longest if ends else longest - 1).input_ids
-            ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
-            tokens = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-            features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            return F.normalize(features.pooler_output, dim=-1)
+            tokens = {name: t.to(self.model.device) for name, t in self._tokens(batch).items()}
+            return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
 
         return in_batches(texts, batch_size, encode, length=len, progress=progress)
+
+    def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Token ids as the family was trained on them, and for CLIP the mask."
+        tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
+        if self.model.config.model_type.startswith("siglip"):
+            return {"input_ids": tokenizer(texts, truncation=True, max_length=longest, padding="max_length", return_tensors="pt").input_ids}
+        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+        ids = tokenizer(texts, truncation=True, max_length=longest if ends else longest - 1).input_ids
+        ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
+        return dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
 
 def load_embedder(
     folder: str | Path,
     prompt: Prompt = SUMMARY,  # of a plain LVLM; an adapter has its own, a CLIP none
 ) -> Embedder:
-    "A CLIP, an LVLM or a trained adapter, whatever the folder holds."
+    "A CLIP, a SigLIP, an LVLM or a trained adapter, whatever the folder holds."
     quiet_loading()
     folder = find_model(folder)
-    is_clip = (folder / "config.json").is_file() and '"CLIPModel"' in (folder / "config.json").read_text(errors="replace")
+    is_clip = (folder / "config.json").is_file() and read_config(folder).model_type in DUAL_ENCODERS
     try:
         embedder = ClipEmbedder.from_pretrained(folder) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt)
     except InputError:
         raise
     except Exception as error:  # whatever transformers, safetensors or json make of a damaged folder
         cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, an image-text-to-text model or an adapter") from None
+        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, a SigLIP, an image-text-to-text model or an adapter") from None
     (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
     return embedder
 
@@ -100,8 +115,13 @@ def model_signature(folder: str | Path) -> str:
 
 # %% ../nbs/12_evaluation.ipynb #6f8078b0
 def _percent_row(run: dict, benchmark: str, subset: str, metric: str, estimate: tuple[float, float, float], n: int, chance: float) -> dict:
-    value, low, high, chance = (round(100 * float(x), 4) for x in (*estimate, chance))
+    value, low, high, chance = (100 * float(x) for x in (*estimate, chance))
     return run | {"benchmark": benchmark, "subset": subset, "metric": metric, "value": value, "n": n, "ci_low": low, "ci_high": high, "chance": chance}
+
+
+def _table(rows: list[dict], digits: int = 4) -> pd.DataFrame:
+    percent = ("value", "ci_low", "ci_high", "chance")
+    return pd.DataFrame([row | {name: round(row[name], digits) for name in percent} for row in rows])
 
 
 def _row(score: Score, benchmark: str, draws: int, **run: str) -> dict:
@@ -127,7 +147,16 @@ Scores = dict[str, list[Score]]  # per benchmark, the per-item values of every m
 
 
 def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = False) -> Scores:
-    "Per-item scores of all benchmarks."
+    "Per-item scores of all benchmarks: questions are answered, everything else is embedded."
+    asked = [b for b in suite if isinstance(b, YesNo)]
+    embedded = [b for b in suite if not isinstance(b, YesNo)]
+    scores = _score_embedded(embedder, embedded, progress) if embedded else {}
+    for bench in asked:
+        scores[bench.name] = scores.get(bench.name, []) + _score_answers(embedder, bench, progress)
+    return scores
+
+
+def _score_embedded(embedder: Embedder, suite: list[Benchmark], progress: bool) -> Scores:
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
     image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
@@ -139,14 +168,27 @@ def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = Fal
     return scores
 
 
+def _score_answers(embedder: Embedder, bench: YesNo, progress: bool, batch_size: int = 32, max_new_tokens: int = 32) -> list[Score]:
+    "Scores of generated answers, with LoRA off and, where there is one, on."
+    if not isinstance(embedder, DiscriminativeLVLM):
+        raise InputError(f"{bench.name} asks questions, which a CLIP cannot answer; give an LVLM or an adapter")
+    starts, scores = range(0, len(bench.texts), batch_size), []
+    for adapter in (False, True)[: 1 if embedder.lora is None else 2]:
+        batches = ((opened(bench.images[s : s + batch_size]), bench.texts[s : s + batch_size]) for s in tqdm(starts, disable=not progress, leave=False))
+        answers = [a for pictures, questions in batches for a in embedder.generate(pictures, questions, adapter, max_new_tokens)]
+        scores += bench.score_answers(answers, f"adapter {'on' if adapter else 'off'}: ")
+    return scores
+
+
 def tidy_rows(
     scores: Scores,
     draws: int = 1000,  # of the bootstrap
+    digits: int = 4,
     **run: str,  # profile, seed, model ...: first columns of every row
 ) -> pd.DataFrame:
     "One row per metric, with its interval."
     rows = [_row(score, name, draws, **run) for name, found in scores.items() for score in found]
-    return pd.DataFrame(rows + _group_rows(scores, draws, **run))
+    return _table(rows + _group_rows(scores, draws, **run), digits)
 
 
 def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, progress: bool = False, **run: str) -> pd.DataFrame:
@@ -154,19 +196,51 @@ def evaluate(embedder: Embedder, suite: list[Benchmark], draws: int = 1000, prog
     return tidy_rows(score_suite(embedder, suite, progress), draws, **run)
 
 
+_ITEM_METRICS = {"sugarcrepe": ("accuracy", "strict accuracy", "share of items"), "sugarcrepe_pp": ("ITT", "TOT")}
+_SET_MEANS = (  # benchmark, part of the names of its sets, name of their mean
+    ("retrieval", "novel: ", "novel combinations"),
+    ("nocaps", "-domain", "mean of domains"),
+    ("pope", "adapter off: ", "adapter off: mean of sets"),
+    ("pope", "adapter on: ", "adapter on: mean of sets"),
+)
+
+
+def _item_groups(benchmark: str, scores: list[Score], metric: str) -> Iterator[tuple]:
+    "Replace, swap and add as means of their categories and, where these differ in size, over items; so all of them."
+    for group in ("replace", "swap", "add", ""):
+        parts = [s for s in scores if s.metric == metric and s.subset.startswith(group)]
+        if group and parts:
+            yield benchmark, group, f"mean {metric}", parts
+        if len({len(s.values) for s in parts}) > 1:
+            yield benchmark, group or "all", f"item-weighted {metric}", [_pooled(parts)]
+
+
+def _set_groups(benchmark: str, scores: list[Score], name: str) -> Iterator[tuple]:
+    "Means over sets of every metric that all of them have."
+    sets = {s.subset for s in scores}
+    for metric in dict.fromkeys(s.metric for s in scores):
+        parts = [s for s in scores if s.metric == metric]
+        if len(parts) == len(sets):
+            yield benchmark, name, metric, parts
+
+
 def _group_rows(scores: Scores, draws: int, **run: str) -> list[dict]:
-    "Means over categories of equal weight, with a stratified interval: replace, swap and add as in the paper's table 4, and the domains of novel combinations as in nocaps."
-    grouped = [("sugarcrepe", group, "mean accuracy", [s for s in scores.get("sugarcrepe", []) if s.metric == "accuracy" and s.subset.startswith(group)])
-               for group in ("replace", "swap", "add")]
-    domains = [s for s in scores.get("retrieval", []) if s.subset.startswith("novel: ")]
-    grouped += [("retrieval", "novel combinations", metric, [s for s in domains if s.metric == metric]) for metric in dict.fromkeys(s.metric for s in domains)]
+    "Means over categories or sets of equal weight, with a stratified interval: replace, swap and add as in the paper's table 4, domains as in nocaps."
+    grouped = [g for benchmark, metrics in _ITEM_METRICS.items() for metric in metrics for g in _item_groups(benchmark, scores.get(benchmark, []), metric)]
+    for benchmark, part, name in _SET_MEANS:
+        grouped += _set_groups(benchmark, [s for s in scores.get(benchmark, []) if part in s.subset], name)
     rows = []
     for benchmark, group, metric, parts in grouped:
-        if parts:
-            values = [s.values for s in parts]
-            estimate = bootstrap_mean(values, [s.groups for s in parts], draws)
-            rows.append(_percent_row(run, benchmark, group, metric, estimate, sum(map(len, values)), np.mean([s.chance for s in parts])))
+        values = [s.values for s in parts]
+        estimate = bootstrap_mean(values, [s.groups for s in parts], draws)
+        rows.append(_percent_row(run, benchmark, group, metric, estimate, sum(map(len, values)), np.mean([s.chance for s in parts])))
     return rows
+
+
+def _pooled(parts: list[Score]) -> Score:
+    "All items of several categories as one."
+    groups = None if parts[0].groups is None else np.concatenate([s.groups for s in parts])
+    return replace(parts[0], values=np.concatenate([s.values for s in parts]), groups=groups)
 
 
 def evaluate_blind(
@@ -178,7 +252,18 @@ def evaluate_blind(
     "Rows of the rules that look at the texts alone."
     likelihood = lvlm.text_log_likelihood if lvlm else None
     scored = [(rule, score, b.name) for b in suite if isinstance(b, Pairs) for rule, score in blind_scores(b, likelihood)]
-    return pd.DataFrame([_row(score, name, draws, **run | {"model": rule}) for rule, score, name in scored])
+    return _table([_row(score, name, draws, **run | {"model": rule}) for rule, score, name in scored])
+
+
+def evaluate_text_only(
+    task: str,  # a public benchmark with blind rules
+    data: str | Path,
+    draws: int = 1000,  # of the bootstrap
+) -> pd.DataFrame:
+    "Rows of the blind rules of a public benchmark, read from its own files, with two digits as published; `model` is the rule."
+    rows = [tidy_rows({task: scores}, draws, 2, model=rule, data=Path(data).name) for rule, scores in text_only_scores(task, data).items()]
+    return pd.concat(rows, ignore_index=True)
+
 
 # %% ../nbs/12_evaluation.ipynb #17d6d4f3
 def save_scores(scores: Scores, file: str | Path) -> Path:

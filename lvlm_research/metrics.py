@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['expected_hits', 'chance', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only', 'winoground',
-           'topk_hits', 'bootstrap_mean', 'paired_difference', 'rank_correlation']
+__all__ = ['expected_hits', 'chance', 'hits_by_number', 'retrieval_hits', 'cosine', 'pair_accuracy', 'image_to_text', 'text_only',
+           'winoground', 'topk_hits', 'bootstrap_mean', 'paired_difference', 'rank_correlation']
 
 # %% ../nbs/11_metrics.ipynb #2a8acf02
 def expected_hits(
@@ -44,6 +44,21 @@ def chance(k: int, candidates: int, relevant: int = 1) -> float:
     return _hit_probability(*(torch.tensor([v]) for v in (k, candidates, relevant))).item()
 
 
+def hits_by_number(
+    queries: torch.Tensor,  # (Q, D) unit-norm
+    candidates: torch.Tensor,  # (N, D) unit-norm
+    query_numbers: np.ndarray,  # (Q,)
+    candidate_numbers: np.ndarray,  # (N,); a candidate is relevant to the queries of its number
+    ks: tuple[int, ...] = (1, 5, 10),
+    entries: int = 2**25,  # similarities held at a time
+) -> dict[int, np.ndarray]:
+    "`expected_hits`, a block of queries at a time: the similarities of 25,010 captions to 5,000 pictures alone are 0.5 GB, and there are masks of the same shape."
+    rows = max(1, entries // len(candidates))
+    wanted, given = (torch.as_tensor(numbers, device=queries.device) for numbers in (query_numbers, candidate_numbers))
+    blocks = [expected_hits(q.float() @ candidates.float().T, w[:, None] == given, ks) for q, w in zip(queries.split(rows), wanted.split(rows))]
+    return {k: np.concatenate([b[k] for b in blocks]) for k in ks}
+
+
 def retrieval_hits(
     image: torch.Tensor,  # (N, D) unit-norm
     text: torch.Tensor,  # (M, D) unit-norm
@@ -51,9 +66,8 @@ def retrieval_hits(
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, dict[int, np.ndarray]]:
     "Hits per caption (`t2i`) and per image (`i2t`)."
-    scores = text.float() @ image.float().T
-    relevant = torch.as_tensor(image_of_text, device=scores.device)[:, None] == torch.arange(len(image), device=scores.device)
-    return {"t2i": expected_hits(scores, relevant, ks), "i2t": expected_hits(scores.T, relevant.T, ks)}
+    return {"t2i": hits_by_number(text, image, image_of_text, np.arange(len(image)), ks),
+            "i2t": hits_by_number(image, text, np.arange(len(image)), image_of_text, ks)}
 
 # %% ../nbs/11_metrics.ipynb #3f6c8623
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -89,8 +103,7 @@ def winoground(image: torch.Tensor, text: torch.Tensor) -> dict[str, np.ndarray]
 # %% ../nbs/11_metrics.ipynb #fb25bc03
 def topk_hits(image: torch.Tensor, classes: torch.Tensor, labels: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[int, np.ndarray]:
     "Per image, is the true class among the k most similar? Ties as in `expected_hits`."
-    relevant = torch.as_tensor(labels, device=image.device)[:, None] == torch.arange(len(classes), device=image.device)
-    return expected_hits(image.float() @ classes.float().T, relevant, ks)
+    return hits_by_number(image, classes, labels, np.arange(len(classes)), ks)
 
 # %% ../nbs/11_metrics.ipynb #49cb8db1
 def bootstrap_mean(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -336,22 +336,19 @@ def pretraining_batches(
     text_every: int = 4,  # one batch in so many is text only; 0 for none
     steps: int = 0,  # length of the training, for the curriculum; 0 for everything from the start
     split: str = "train",
-) -> Callable[[], Iterator[Conversations]]:
-    "A stream of conversations about fresh scenes, more crowded ones than captions are written for."
+) -> Callable[[int], Conversations]:
+    "The conversations of any step, about fresh scenes, more crowded ones than captions are written for."
 
-    def make() -> Iterator[Conversations]:
-        rng, index = np.random.default_rng(seed), 0
-        while True:
-            index += 1
-            text = text_every and index % text_every == 0
-            scenes = sample_scenes(batch_size, rng, split, CROWDED)
-            mixture = TEXT_INSTRUCTIONS if text else mixture_at((index - 1) / steps) if steps else IMAGE_QUESTIONS
-            number = 4 if text else 9 if ask_detail in mixture else 14  # at least what fits into the budget
-            rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
-            encoded = conversations(tokenizer, rows, [] if text else picture, budget)
-            yield Conversations(*encoded, scenes=None if text else scenes)
+    def draw(step: int) -> Conversations:
+        rng, text = np.random.default_rng([seed, step]), text_every and (step + 1) % text_every == 0
+        scenes = sample_scenes(batch_size, rng, split, CROWDED)
+        mixture = TEXT_INSTRUCTIONS if text else mixture_at(step / steps) if steps else IMAGE_QUESTIONS
+        number = 4 if text else 9 if ask_detail in mixture else 14  # at least what fits into the budget
+        rows = [_draw_turns(mixture, scene, rng, number) for scene in scenes]
+        encoded = conversations(tokenizer, rows, [] if text else picture, budget)
+        return Conversations(*encoded, scenes=None if text else scenes)
 
-    return make
+    return draw
 
 # %% ../nbs/10_pretraining.ipynb #afd6b6b7
 class Alignment(FitModule):
@@ -398,7 +395,7 @@ class Pretraining(FitModule):
         ids, vision = batch.input_ids.to(self.device), {}
         if batch.scenes is not None:
             vision = picture_inputs(self.model, scene_pixels(batch.scenes, self.model.config.vision_config.image_size, self.device))
-        return trunk_states(self.model, self.model.get_input_embeddings()(ids), ids, torch.ones_like(ids), vision)
+        return trunk_states(self.model, ids, torch.ones_like(ids), vision)
 
     def training_step(self, batch: Conversations, index: int) -> torch.Tensor:
         loss = next_token_loss(self.hidden(batch), batch.labels.to(self.device), self.model.lm_head)
@@ -407,10 +404,10 @@ class Pretraining(FitModule):
 
 # %% ../nbs/10_pretraining.ipynb #b269c4f4
 @torch.no_grad()
-def answer_accuracy(module: Pretraining, batches: Iterator[Conversations], number: int) -> dict[str, float]:
+def answer_accuracy(module: Pretraining, batches: Callable[[int], Conversations], number: int) -> dict[str, float]:
     "Percent of exactly right answers per kind of turn over `number` batches."
     right: dict[str, list[bool]] = {}
-    for _, batch in zip(range(number), batches):
+    for batch in map(batches, range(number)):
         states = module.hidden(batch)
         for row, marks in enumerate(batch.kinds):
             for kind, start, stop in marks:

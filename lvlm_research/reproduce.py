@@ -323,7 +323,7 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     for other in downstream(stage, stages(profile, from_scratch)):
         for name in (*other.writes, f"status/{other.name}.json"):
             (folder / name).unlink(missing_ok=True)
-    os.environ.update({"LVLM_STAGE": stage.name, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
+    os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": fingerprint(stage), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     status = {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}

@@ -1,0 +1,278 @@
+"Every family of LVLMs through the same adapter, on micro models of the real classes; what cannot be an embedder is refused in one line."
+import inspect
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conftest import CHECKPOINTS, run
+from lvlm_research import backbones, embedder as embedder_module
+from lvlm_research.backbones import world_tokenizer
+from lvlm_research.cli import main
+from lvlm_research.config import InputError
+from lvlm_research.datasets import joint_batches, scene_pairs
+from lvlm_research.doctor import describe
+from lvlm_research.embedder import DiscriminativeLVLM
+from lvlm_research.evaluation import load_embedder
+from lvlm_research.families import TESTED_FAMILIES
+from lvlm_research.fitting import fit
+from lvlm_research.training import VARIANTS, Discriminative, prepare
+from lvlm_research.zoo import MICRO_FAMILIES, PIXELS, SQUARE, TEXT, VISION, micro_family
+
+SHORT = ["a red star", "a large blue ring left of a star", "two things"]
+LONG = ["there is a large red star at the top left.", "nothing", "a ring, a cross and a star, and much more in the picture"]
+QUESTION = "what is at the top left?"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return world_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    "Three shapes, so that tiles, grids and sub-pictures differ in number."
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(low, 256, shape, np.uint8)) for low, shape in ((0, (40, 40, 3)), (200, (40, 90, 3)), (100, (70, 30, 3)))]
+
+
+def save_micro(name: str, tokenizer, folder):
+    "A folder with a micro model of a family."
+    torch.manual_seed(0)
+    for part in micro_family(name, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(MICRO_FAMILIES))
+def folder(request, tokenizer, tmp_path_factory):
+    return save_micro(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return DiscriminativeLVLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    "Soft prompts and LoRA that are not at their starting point."
+    adapted = prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted.eval()
+
+
+def test_embedding_ignores_captions_batch_mates_and_padding_side(trained, pictures):
+    with torch.no_grad():
+        image = torch.cat([trained.embed(trained.templates.image([picture]), "image") for picture in pictures])
+        text = torch.cat([trained.embed(trained.templates.text([caption]), "text") for caption in SHORT])
+        for side in ("left", "right"):
+            for captions in (None, LONG):
+                assert torch.allclose(trained.embed(trained.templates.image(pictures, captions, side), "image"), image, atol=1e-5)
+            assert torch.allclose(trained.embed(trained.templates.text(SHORT, side), "text"), text, atol=1e-5)
+    for found in (image, text):
+        assert torch.pdist(found).min() > 0.01  # pictures and captions are told apart, so a swapped row would show
+
+
+def test_states_and_loss_are_those_of_the_models_own_forward_pass(base, pictures):
+    batch = base.templates.image(pictures, LONG)
+    is_image = (batch.input_ids == base.model.config.image_token_id).int()
+    after = (torch.arange(batch.input_ids.shape[1]) > batch.last[:, None]).int()
+    types = {"mm_token_type_ids": is_image, "token_type_ids": after if base.model.config.model_type == "paligemma" else is_image}
+    asked = {name: value for name, value in types.items() if name in inspect.signature(base.model.forward).parameters}
+    with torch.no_grad():
+        theirs = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, **asked, **batch.vision)
+        ours = backbones.language_head(base.model)(base(batch, "image"))
+        loss = base.embed_and_predict(batch)[1]
+    real = batch.attention_mask.bool()
+    assert torch.allclose(ours[real], theirs.logits[real], atol=1e-4)
+    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+
+
+def test_untrained_soft_prompts_and_lora_change_nothing(base, folder, pictures):
+    adapted = prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"]).eval()
+    assert torch.allclose(adapted.encode_image(pictures), base.encode_image(pictures), atol=1e-5)
+    assert torch.allclose(adapted.encode_text(SHORT), base.encode_text(SHORT), atol=1e-5)
+
+
+def test_a_joint_step_moves_the_adapter_alone(folder):
+    adapted = prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"])
+    before = {name: p.clone() for name, p in adapted.named_parameters()}
+    module = fit(Discriminative(adapted, ar_weight=1.0, lr=1e-2), joint_batches(adapted.templates, scene_pairs(4, 60, 0)), 1)
+    assert np.isfinite([module.history[-1]["contrastive"], module.history[-1]["next_token"]]).all()
+    moved = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+    assert {"soft_prompts.vectors.image", "soft_prompts.vectors.text"} <= moved
+    assert moved <= {name for name, p in adapted.named_parameters() if p.requires_grad} and any("lora_B" in name for name in moved)
+
+
+def test_saved_and_loaded_it_is_the_same_and_without_the_adapter_the_base(base, trained, pictures, tmp_path):
+    trained.save_pretrained(tmp_path)
+    again = DiscriminativeLVLM.from_pretrained(tmp_path)
+    assert torch.equal(again.encode_image(pictures), trained.encode_image(pictures))
+    assert torch.equal(again.encode_text(SHORT), trained.encode_text(SHORT))
+    assert not torch.allclose(again.encode_image(pictures), base.encode_image(pictures), atol=1e-2)
+    assert again.generate(pictures, QUESTION, max_new_tokens=8) == base.generate(pictures, QUESTION, max_new_tokens=8)
+    assert len(again.generate(pictures, QUESTION, adapter=True, max_new_tokens=8)) == 3
+
+
+def test_doctor_knows_it_without_its_weights(folder, base):
+    report = describe(folder, batch=2)
+    (weights := folder / "model.safetensors").rename(folder / "hidden")
+    blind = describe(folder, batch=2)
+    (folder / "hidden").rename(weights)
+    assert report.fault is None and "there is no model" in blind.fault
+    assert {k: v for k, v in report.lines.items() if k != "supported"} == {k: v for k, v in blind.lines.items() if k != "supported"}
+    picture = Image.new("RGB", (640, 480))
+    tokens = (base.templates.image([picture]).input_ids == base.model.config.image_token_id).sum().item()
+    assert report.lines["image tokens"].endswith(f"{tokens} (640 x 480)")
+    assert base.model.config.model_type in TESTED_FAMILIES
+
+
+def test_a_template_with_the_text_before_the_picture_and_a_tokenizer_without_padding(tokenizer, pictures, tmp_path):
+    save_micro("llava_next", tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    parts = "{% for kind in ('text', 'image') %}{% for part in messages[0].content if part.type == kind %}{{ part.text or '<image>' }}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(f"{parts}[/INST]")
+    lvlm = prepare(DiscriminativeLVLM.from_pretrained(tmp_path), VARIANTS["vladva"]).eval()
+    assert lvlm.templates.tokenizer.pad_token == lvlm.templates.tokenizer.eos_token
+    assert lvlm.templates.image_text.endswith("<image>[/INST]")
+    alone = torch.cat([lvlm.encode_image([picture]) for picture in pictures])
+    assert torch.allclose(lvlm.encode_image(pictures), alone, atol=1e-5) and torch.pdist(alone).min() > 0.01
+    assert len(lvlm.generate(pictures, QUESTION, max_new_tokens=2)) == 3
+
+
+def test_what_begins_a_text_stands_there_once(base, pictures):
+    templates, bos = base.templates, base.templates.tokenizer.bos_token_id
+    for ids in (templates.text(["a star"]).input_ids, templates.image(pictures[:1]).input_ids, templates.processed(pictures[:1], [templates.image_text])["input_ids"]):
+        assert ids.flatten().tolist().count(bos) == (bos is not None)
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip_2", "siglip", "siglip2"])
+def test_dual_encoders(name, tokenizer, pictures, tmp_path):
+    "Embeddings are those of the model's own forward pass, on texts laid out as it was trained."
+    text = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads",)} | dict(
+        max_position_embeddings=16, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    kind = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip", "siglip2": "Siglip2"}[name]
+    vision = VISION if name != "siglip2" else {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
+    if name == "siglip2":
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        tokenizer = transformers.Siglip2Tokenizer({t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters])}, padding_side="right")
+        text |= dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+        images = transformers.Siglip2ImageProcessorPil(patch_size=7, max_num_patches=16, **PIXELS)
+    else:
+        images = getattr(transformers, f"{'Siglip' if name == 'siglip' else 'CLIP'}ImageProcessorPil")(size=SQUARE, crop_size=SQUARE, **PIXELS)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    processor = getattr(transformers, {"siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}.get(name, "CLIPProcessor"))(images, tokenizer)
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+
+    dual, captions = load_embedder(tmp_path), [*SHORT, "a " * 40]  # the last is longer than the model can read
+    image, text = dual.encode_image(pictures), dual.encode_text(captions)
+    assert torch.allclose(image, torch.cat([dual.encode_image([picture]) for picture in pictures]), atol=1e-5)
+    assert torch.allclose(text, torch.cat([dual.encode_text([caption]) for caption in captions]), atol=1e-5)
+    end = [] if name.startswith("siglip") else [tokenizer.eos_token_id]
+    rows = [tokenizer(caption, add_special_tokens=False).input_ids[: 16 - len(end)] + end for caption in captions]
+    if name.startswith("siglip"):
+        rows = [row + [tokenizer.pad_token_id] * (16 - len(row)) for row in rows]
+    with torch.no_grad():
+        for row, ours in zip(rows, text):
+            theirs = model(input_ids=torch.tensor([row]), **images(pictures[:1], return_tensors="pt"))
+            assert torch.allclose(theirs.text_embeds[0], ours, atol=1e-5) and torch.allclose(theirs.image_embeds[0], image[0], atol=1e-5)
+    report = describe(tmp_path)
+    assert report.fault is None and report.lines["family"] == name
+
+
+def damaged(change):
+    "A damage to a copy of a model folder that rewrites its tensors."
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return apply
+
+
+def spoil(tensors):
+    next(t for name, t in tensors.items() if "v_proj.weight" in name).view(-1)[3] = float("nan")
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def configured(**config):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize("source, damage, says", [
+    ("llava-micro", damaged(spoil), "v_proj.weight holds NaN"),
+    ("clip-micro", damaged(spoil), "v_proj.weight holds NaN"),
+    ("llava-micro", pickled, "pytorch_model.bin is a pickle, which can run code"),
+    ("clip-micro", pickled, "pytorch_model.bin is a pickle, which can run code"),
+    ("llava-micro", configured(model_type="my_lvlm", auto_map={"AutoModel": "modeling.My"}), "needs code from the folder (auto_map), which is never run"),
+    ("llava-micro", configured(model_type="my_lvlm"), "'my_lvlm' is not known to transformers"),
+    ("llava-micro", configured(model_type="llama"), "it is a text-only language model"),
+    ("llava-micro", configured(model_type="vit"), "no image-text-to-text model"),
+    ("llava-micro", configured(model_type="florence2"), "it is an encoder-decoder"),
+    ("llava-micro", configured(model_type="mllama"), "pictures do not enter as tokens"),
+    ("llava-micro", configured(model_type="llama4"), "no inner model without the head"),
+    ("llava-micro", without_template, "has no chat template"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_folder_that_is_refused(source, damage, says, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINTS / source, folder)
+    damage(folder)
+    with pytest.raises(InputError, match="model") as error:
+        load_embedder(folder)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    if "NaN" not in says:  # which only the weights can tell
+        assert main(["doctor", str(folder)]) == 2 and says in capsys.readouterr().err
+
+
+def test_an_adapter_of_pickles_or_with_nan_is_refused(tmp_path):
+    def rename(folder):
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+    def spoil_prompts(folder):
+        save_file({k: v * float("nan") for k, v in load_file(folder / "soft_prompts.safetensors").items()}, folder / "soft_prompts.safetensors")
+
+    for name, damage, says in (("bin", rename, "adapter_model.bin is a pickle"), ("nan", spoil_prompts, "holds NaN")):
+        shutil.copytree(CHECKPOINTS / "vladva-micro", tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(InputError, match=says):
+            DiscriminativeLVLM.from_pretrained(tmp_path / name)
+
+
+def test_an_untested_family_is_put_to_a_trial(tokenizer, tmp_path, monkeypatch):
+    save_micro("paligemma", tokenizer, tmp_path)
+    monkeypatch.setattr(embedder_module, "TESTED_FAMILIES", ())
+    DiscriminativeLVLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(backbones, "PREFIX_ATTENTION", ())  # a caption after the prompt is now seen by it
+    with pytest.raises(InputError, match="a caption that follows change the embedding"):
+        DiscriminativeLVLM.from_pretrained(tmp_path)
+
+
+def test_doctor_on_the_command_line(tmp_path, capsys):
+    result = run("doctor", str(CHECKPOINTS / "vladva-micro"), "--batch", "4")
+    assert result.returncode == 0, result.stderr
+    assert "soft prompts and LoRA, on data/checkpoints/llava-micro" in result.stdout and "36 (640 x 480)" in result.stdout and "batch 4:" in result.stdout
+    for config, batch, says in (('{"model_type": "florence2"}', "1", "encoder-decoder"), ("[", "1", "not a model config"), ("{}", "0", "at least 1")):
+        (tmp_path / "config.json").write_text(config)
+        assert main(["doctor", str(tmp_path), "--batch", batch]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
