@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import html
 import json
@@ -198,7 +199,8 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
             raise InputError(f"{notebook.name}: parameter {name!r} must be {type(declared[name]).__name__}, not {type(value).__name__}")
 
 # %% ../nbs/15_reproduce.ipynb #a876104d
-def _imports(source: str) -> set[str]:
+@functools.cache  # the same modules are read for every stage
+def _imports(source: str) -> frozenset[str]:
     "Modules of this package that a piece of code imports."
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -208,7 +210,7 @@ def _imports(source: str) -> set[str]:
                 found.add(module)
             elif module.startswith("lvlm_research."):
                 found.add(module.removeprefix("lvlm_research."))
-    return found
+    return frozenset(found)
 
 
 def _python_only(source: str) -> str:
