@@ -77,6 +77,10 @@ class FitModule(L.LightningModule):
 
     def on_train_batch_start(self, batch, index: int) -> None:
         "Random states are put back as late as this, as setting up a loop draws numbers too."
+        self.restore_random_states()
+
+    def restore_random_states(self) -> None:
+        "Puts back what a kept state holds; once."
         if self.random_states:
             torch.set_rng_state(self.random_states[0])
             torch.cuda.set_rng_state_all(self.random_states[1:])
@@ -203,4 +207,5 @@ def fit(
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks)
     module.train().started = time.perf_counter()
     trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=keep if first else None, weights_only=True)
+    module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()
