@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -338,6 +339,12 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _seen_from(folder: Path, base: str) -> str:
+    "How the config of an adapter names its base."
+    beside = bool(base) and Path(base).is_dir() and Path(base).resolve().parent == folder.resolve().parent
+    return f"../{Path(base).resolve().name}" if beside else base
+
+
 @method_of(DiscriminativeLVLM)
 def save_pretrained(self, folder: str | Path) -> Path:
     "Write adapter and soft prompts as safetensors, with their config."
@@ -348,7 +355,7 @@ def save_pretrained(self, folder: str | Path) -> Path:
         save_file({k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self.model, adapter_name="default").items()}, folder / "adapter_model.safetensors")
     if self.soft_prompts is not None:
         save_file({k: v.detach().contiguous().cpu() for k, v in self.soft_prompts.vectors.items()}, folder / "soft_prompts.safetensors")
-    config = {"base": self.base, "base_sha256": weights_hash(self.model), "prompt": asdict(self.templates.prompt),
+    config = {"base": _seen_from(folder, self.base), "base_sha256": weights_hash(self.model), "prompt": asdict(self.templates.prompt),
               "lora": self.lora is not None, "soft_prompts": self.soft_prompts is not None}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return folder
@@ -362,7 +369,8 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
     if not (folder / CONFIG_NAME).exists():
         return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
     config = json.loads((folder / CONFIG_NAME).read_text())
-    name = str(base or config["base"])
+    beside = config["base"].startswith("../")
+    name = str(base or (os.path.normpath(folder / config["base"]) if beside else config["base"]))
     self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
     if weights_hash(self.model) != config["base_sha256"]:
         raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")

@@ -27,10 +27,11 @@ from .config import InputError, available_cores, check_card, profile_of, root, r
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
-           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'stages', 'stage_of', 'needed_for', 'notebook_path',
-           'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact',
-           'downstream', 'run_stage', 'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest',
-           'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
+           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
+           'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
+           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
+           'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
+           'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -80,11 +81,34 @@ def model_folder(row: str) -> str:
     return {"zero-shot": "base", "blind": "base"}.get(row, row.removeprefix("zero-shot-"))
 
 
-def _model_file(row: str) -> str:
-    "The file that stands for a model in the graph: its card, which holds the hash of the weights."
-    return f"models/{model_folder(row)}/card.json"
+_DUAL = ("card.json", "chat_template.jinja", "config.json", "curves.csv", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+_LVLM = (*_DUAL, "facts.json", "generation_config.json")
+_ADAPTER = ("card.json", "curves.csv", "discriminative.json")
+_LORA, _SOFT = ("adapter_config.json", "adapter_model.safetensors"), ("soft_prompts.safetensors",)
 
 
+def written_files(row: str) -> tuple[str, ...]:
+    "What the stage that makes the model of a row writes."
+    folder = model_folder(row)
+    variant = folder.partition("-")[0]
+    if folder in ("clip", "clip-large"):
+        files = (*_DUAL, "probe.csv", "tower.safetensors")
+    elif folder in ("clip-equal", "negclip"):
+        files = (*_DUAL, "probe.csv")
+    elif variant in (*TRAINED, "long"):
+        files = (*_ADAPTER, *(_LORA if variant != "soft" else ()), *(_SOFT if variant not in ("lora", "e5v") else ()))
+    else:
+        files = _LVLM
+    return tuple(f"models/{folder}/{file}" for file in files)
+
+
+def model_files(row: str) -> tuple[str, ...]:
+    "What has to be there to load the model of a row: its own files, and those of the base that an adapter stands on."
+    variant, _, backbone = model_folder(row).partition("-")
+    base = written_files(f"zero-shot-{backbone}" if backbone else "zero-shot") if variant in (*TRAINED, "long") else ()
+    return (*base, *written_files(row))
+
+# %% ../nbs/15_reproduce.ipynb #133c8eec
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
     committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{COMMITTED[name]}/{file}" for file in ("card.json", "model.safetensors"))
@@ -92,15 +116,15 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
     def train(variant: str, backbone: str = "", **more) -> Stage:
         name, start = (f"{variant}-{backbone}", f"zero-shot-{backbone}") if backbone else (variant, "zero-shot")
         parameters = {"variant": variant, **({"backbone": backbone} if backbone else {}), **more}
-        return Stage(f"train-{name}", "20_train_discriminative", parameters, (_model_file(start), BEST_PROMPT), (_model_file(name), f"models/{name}/curves.csv"), gpu=True,
+        return Stage(f"train-{name}", "20_train_discriminative", parameters, (*model_files(start), BEST_PROMPT), written_files(name), gpu=True,
                      priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
 
     return [
-        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), (_model_file(m),), committed(m), gpu=True, threads=0, priority=9) for m in ("clip", "clip-large")),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, (_model_file("clip"),), (_model_file("zero-shot"),), committed("base"), gpu=True, threads=0, priority=9),
-        Stage("prompts", "40_prompt_study", {}, (_model_file("zero-shot"),), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
-        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, (_model_file("clip"),), (_model_file(m),), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
-        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, (_model_file("clip"),), (_model_file(f"zero-shot-{b}"),), committed(b), gpu=True, threads=0, priority=7)
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=0, priority=9) for m in ("clip", "clip-large")),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("base"), gpu=True, threads=0, priority=9),
+        Stage("prompts", "40_prompt_study", {}, model_files("zero-shot"), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, model_files("clip"), written_files(m), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
+        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, model_files("clip"), written_files(f"zero-shot-{b}"), committed(b), gpu=True, threads=0, priority=7)
           for b, parameters in BACKBONES.items()),
         *(train(v) for v in TRAINED),
         *(train("vladva", b) for b in BACKBONES),
@@ -112,9 +136,9 @@ def _items() -> list[Stage]:
     "Figures and tables."
     rows = lambda models: tuple(f"rows/{m}.csv" for m in models)
     figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
-    study, before_and_after = ("prompts/prompts.csv",), (_model_file("zero-shot"), _model_file("vladva"))
+    study, before_and_after = ("prompts/prompts.csv",), model_files("vladva")
     return [
-        Stage("fig1", "fig1", {}, (_model_file("vladva"),), figure("fig1")),
+        Stage("fig1", "fig1", {}, before_and_after, figure("fig1")),
         Stage("fig2", "fig2", {}, study, figure("fig2")),
         Stage("fig3", "fig3", {}, (*study, "prompts/spectra.csv", *before_and_after), figure("fig3") + measures("fig3")),
         Stage("fig4", "fig4", {}, before_and_after, figure("fig4") + measures("fig4")),
@@ -125,6 +149,16 @@ def _items() -> list[Stage]:
     ]
 
 # %% ../nbs/15_reproduce.ipynb #da9fa625
+def status_file(stage: str) -> str:
+    "What a finished stage says of itself: parameters, hashes, seconds. The manifest is made of these."
+    return f"status/{stage}.json"
+
+
+def failure_file(stage: str) -> str:
+    "Why a stage failed; a scheduler takes away what a failed job has written, but not its logs."
+    return f"failures/{stage}.json"
+
+
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile, in an order in which it can run."
     if profile_of(profile).size == "checkpoint":
@@ -136,13 +170,14 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     graph = [
         *models,
         Stage("benchmarks", "31_benchmarks", {}, (), (SUITE,), priority=7),
-        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (_model_file(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in with_items),
-        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (_model_file("zero-shot"), BEST_PROMPT, SUITE), ("rows/blind.csv",)),
-        Stage("captions", "41_captions", {}, tuple(_model_file(m) for m in ("zero-shot", "e5v", "vladva")), ("captions/captions.csv",), priority=1),
+        *(Stage(f"evaluate-{m}", "30_evaluate", {"model": m}, (*model_files(m), BEST_PROMPT, SUITE), (f"rows/{m}.csv", f"items/{m}.npz")) for m in with_items),
+        Stage("evaluate-blind", "30_evaluate", {"model": "blind"}, (*model_files("zero-shot"), BEST_PROMPT, SUITE), ("rows/blind.csv",)),
+        Stage("captions", "41_captions", {}, tuple(dict.fromkeys(f for m in ("e5v", "vladva") for f in model_files(m))), ("captions/captions.csv",), priority=1),
         *items,
         claims,
-        Stage("report", "99_report", {}, (*(w for s in items for w in s.writes), *(f"rows/{m}.csv" for m in ROWS), *claims.writes), ("rows.csv", "manifest.json", "report.html")),
     ]
+    shown = (*(w for s in items for w in s.writes), *(f"rows/{m}.csv" for m in ROWS), *claims.writes)
+    graph.append(Stage("report", "99_report", {}, (*shown, *(status_file(s.name) for s in graph)), ("rows.csv", "manifest.json", "report.html")))
     return [replace(s, inputs=(*s.inputs, profile)) for s in graph] if profile.endswith(".json") else graph
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
@@ -241,6 +276,9 @@ def fingerprint(stage: Stage) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/15_reproduce.ipynb #70a19665
+IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
+
+
 def _owner(profile: str) -> dict:
     "What `profile.json` says of a profile: its name and, where it is a person's own, its file."
     return {"profile": profile_of(profile).name, "file": profile if profile.endswith(".json") else None}
@@ -265,7 +303,7 @@ def results_folder(profile: str, results: str = "") -> Path:
         found = {key: _mark(folder).get(key) for key in owner}
         if found != owner:
             raise InputError(f"{folder}: holds results of profile {found['file'] or found['profile']!r}, not {owner['file'] or name!r}; use another folder or remove it")
-    elif folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
+    elif IN_GRAPH not in os.environ and folder.is_dir() and any(not p.name.startswith((".profile.part", ".snakemake")) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a results folder (no profile.json); use another folder")
     else:
         write_text(mark, json.dumps(owner) + "\n")
@@ -323,7 +361,7 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     parameters = {"profile": profile, "results": str(folder), **stage.parameters}
     check_parameters(notebook, parameters)
     for other in downstream(stage, stages(profile, from_scratch)):
-        for name in (*other.writes, f"status/{other.name}.json"):
+        for name in (*other.writes, status_file(other.name), failure_file(other.name)):
             (folder / name).unlink(missing_ok=True)
     os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": fingerprint(stage), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
@@ -338,17 +376,14 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
         for name in stage.writes:
             (folder / name).unlink(missing_ok=True)
         status |= {"state": "failed", "error": _cause(error), "seconds": round(time.perf_counter() - before, 1)}
-        write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
+        write_text(folder / failure_file(stage.name), json.dumps(status, indent=1) + "\n")
         raise InputError(f"stage {stage.name} failed: {status['error']}; the executed notebook with the error is {log}") from error
     status |= {"state": "ok", "seconds": round(time.perf_counter() - before, 1), "reads": {r: sha256(folder / r) for r in stage.reads},
                "writes": {w: sha256(folder / w) for w in stage.writes}}
-    write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
+    write_text(folder / status_file(stage.name), json.dumps(status, indent=1) + "\n")
     return status
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
-IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
-
-
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
@@ -382,16 +417,11 @@ def exclusive(folder: Path) -> Iterator[None]:
 def is_current(stage: Stage, folder: Path) -> bool:
     "Has the stage run with this code, these parameters and these inputs, and is all it wrote still there?"
     try:
-        status = json.loads((folder / "status" / f"{stage.name}.json").read_text())
+        status = json.loads((folder / status_file(stage.name)).read_text())
     except (OSError, ValueError):
         return False
     hashes = status.get("reads", {}) | status.get("writes", {})
-    try:
-        for name in stage.writes:
-            check_card((folder / name).parent)
-    except InputError:  # a card is there, the weights that it names are not
-        return False
-    return (status.get("state") == "ok" and status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
+    return (status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
             and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
 
 
@@ -418,14 +448,14 @@ def run_graph(
         graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
         print(f"profile {profile}: {len(graph)} stages on {f'the cluster of {cluster}' if cluster else f'{cores} cores'} into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
-            if (folder / "status" / f"{stage.name}.json").exists() and not is_current(stage, folder):
+            if (folder / status_file(stage.name)).exists() and not is_current(stage, folder):
                 for name in stage.writes:
                     (folder / name).unlink(missing_ok=True)
         code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
         if code:
             write_report(folder, profile)
     if code:
-        raise InputError(f"the run stopped; see the line above and {folder / 'status'}, then `lvlm-research update --profile {profile}` goes on from there")
+        raise InputError(f"the run stopped; see the line above and {folder / 'failures'}, then `lvlm-research update --profile {profile}` goes on from there")
     return folder
 
 
@@ -456,7 +486,7 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
-    status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
+    status = [json.loads(p.read_text()) for kind in ("status", "failures") for p in sorted((results / kind).glob("*.json"))]
     return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
@@ -535,7 +565,7 @@ INTRO = "Profile {profile}: procedural scenes and micro models trained here. The
 def _missing(results: Path, stage: str) -> str:
     "A line for an item that this run has not made."
     try:
-        status = json.loads((results / "status" / f"{stage}.json").read_text())
+        status = json.loads((results / failure_file(stage)).read_text())
     except (OSError, ValueError):
         status = {}
     reason = status.get("error") or "something that it needs was not made, see the notebooks with an error in this results folder"

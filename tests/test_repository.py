@@ -62,14 +62,16 @@ def test_the_graph_uses_only_declared_parameters():
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="snakemake needs Python 3.11")
-def test_on_a_slurm_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path):
-    command = ["-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(tmp_path), "--profile", "workflow/slurm", "--config", "profile=gpu", "--dry-run", "--printshellcmds"]
+@pytest.mark.parametrize("cluster,lies", [("slurm", ""), ("kubernetes", "/results/gpu/")])
+def test_on_a_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path, cluster, lies):
+    command = ["-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(tmp_path), "--profile", f"workflow/{cluster}", "--config", "profile=gpu", "--dry-run", "--printshellcmds"]
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     jobs = {block.split(":")[0]: block for block in re.split(r"^rule ", result.stdout + result.stderr, flags=re.M)[1:]}
     assert {s.name for s in stages("gpu")} <= set(jobs)
     for name, gpus in (("train-vladva", 1), ("tab4", 0)):
-        assert f"gpu={gpus}" in jobs[name] and f"cli stage {name} --profile gpu --results . --threads 1" in jobs[name]
+        assert f"gpu={gpus}" in jobs[name] and re.search(rf"cli stage {name} --profile gpu --results \S+ --threads 1\b", jobs[name])
+    assert f"{lies}models/base/model.safetensors" in jobs["train-vladva"].split("output:")[0]  # the weights are carried to the node, not only their card
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -91,7 +91,7 @@ def test_a_failing_notebook_is_kept_with_its_error_and_leaves_nothing_stale(clon
     result = lvlm(clone, "update", "--profile", "smoke")
     results = clone / "results" / "smoke"
     assert result.returncode == 2 and "on purpose" in result.stdout + result.stderr
-    assert json.loads((results / "status/tab2.json").read_text())["state"] == "failed"
+    assert json.loads((results / "failures/tab2.json").read_text())["state"] == "failed"
     assert "on purpose" in (results / "notebooks/tab2.ipynb").read_text()
     assert not (results / "tables/tab2.csv").exists() and not (results / "manifest.json").exists()
     page = (results / "report.html").read_text()
