@@ -31,7 +31,7 @@ COLOURS_OF_MODELS = dict(zip(MODEL_NAMES, ["#8c8c8c", "#6f7f8c", "#b5a7a0", "#5f
 
 def use_style() -> None:
     "Seaborn style of the compendium; svg without random ids and with text as text."
-    sns.set_theme(context="notebook", style="whitegrid", rc={"svg.hashsalt": "lvlm-research", "svg.fonttype": "none", "figure.dpi": 110,
+    sns.set_theme(context="notebook", style="whitegrid", rc={"svg.hashsalt": "lvlm-research", "svg.fonttype": "none", "figure.dpi": 90,
                                                               "axes.spines.top": False, "axes.spines.right": False})
 
 

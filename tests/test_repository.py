@@ -75,11 +75,13 @@ def test_on_a_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path, c
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_use_the_plain_kernel_and_store_no_error(path):
+def test_notebooks_use_the_plain_kernel_and_store_no_error_and_no_large_picture(path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
     assert not any(o["output_type"] == "error" for o in outputs)
+    pictures = [value for o in outputs for kind, value in o.get("data", {}).items() if kind.startswith("image/")]
+    assert all(len("".join(picture)) * 3 / 4 < 200e3 for picture in pictures)  # base64; read on a web page
 
 
 def test_requirements_lock_and_environment_agree():
