@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,9 +26,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .backbones import language_head, trunk_states
+from .levers import Levers, common_prefix, lean_states, length_groups
 from .config import InputError, find_model, method_of
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
-from .losses import next_token_loss, token_losses
+from .losses import token_losses
 from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
@@ -51,6 +53,24 @@ class Sequences:
         move = lambda v: v.to(device)
         tensors = (move(getattr(self, name)) for name in ("input_ids", "attention_mask", "last", "labels"))
         return Sequences(*tensors, {k: move(v) for k, v in self.vision.items()})
+
+    def rows(self, index: torch.Tensor) -> "Sequences":
+        "Some rows, without the columns that are padding in all of them."
+        kept = self.attention_mask[index].any(0)
+        ids, mask, labels = (part[index][:, kept] for part in (self.input_ids, self.attention_mask, self.labels))
+        return Sequences(ids, mask, self.last[index] - kept.int().argmax(), labels, _vision_rows(self.vision, index))
+
+    def has_rows(self) -> bool:
+        "Whether what the processor made of the images can be told apart by rows."
+        return "image_grid_thw" in self.vision or all(len(part) == len(self.last) for part in self.vision.values())
+
+
+def _vision_rows(vision: dict[str, torch.Tensor], index: torch.Tensor) -> dict[str, torch.Tensor]:
+    "Images of some rows; where pictures are lists of patches, their grid says how many each has."
+    if "image_grid_thw" not in vision:
+        return {name: part[index] for name, part in vision.items()}
+    patches = vision["pixel_values"].split(vision["image_grid_thw"].prod(1).tolist())
+    return {name: torch.cat([patches[i] for i in index]) if name == "pixel_values" else part[index] for name, part in vision.items()}
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
@@ -87,6 +107,7 @@ class Templates:
         if not probe or "\0" in suffix:
             raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
         self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
+        self.before = len(os.path.commonprefix(self._encode([f"{self.text_prefix}a", f"{self.text_prefix}the"])))  # tokens before the caption
         self.opening, self.end = suffix[-24:], [self.tokenizer.eos_token_id]  # what an answer stands between
 
     def answer_prefix(self, question: str) -> list[int]:
@@ -163,6 +184,7 @@ class DiscriminativeLVLM(nn.Module):
         self.templates = Templates(processor, prompt)
         self.soft_prompts: SoftPrompts | None = None
         self.lora: LoraConfig | None = None
+        self.levers = Levers()
 
     @property
     def device(self) -> torch.device:
@@ -189,25 +211,76 @@ class DiscriminativeLVLM(nn.Module):
 
 # %% ../nbs/06_embedder.ipynb #65be797e
 @method_of(DiscriminativeLVLM)
-def forward(self, batch: Sequences, modality: str) -> torch.Tensor:
-    "Final-norm states `(B, T, D)` of a batch."
-    edit = None if self.soft_prompts is None else lambda embeddings: self.soft_prompts.place(embeddings, batch.last, modality)
-    return trunk_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit)
+def forward(
+    self,
+    batch: Sequences,
+    modality: str,
+    rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
+) -> torch.Tensor:
+    "Final-norm states `(B, T, D)` of a batch, right where they are read."
+    edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
+    shared = common_prefix(batch.input_ids, batch.attention_mask, self._before_content(batch)) if self.levers.shared_prefix and rows is not None else 0
+    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared)
+
+
+@method_of(DiscriminativeLVLM)
+def _before_content(self, batch: Sequences) -> int:
+    "Tokens that the chat template writes before a caption, or before the first image token of any row."
+    if not batch.vision:
+        return self.templates.before
+    return int((batch.input_ids == self.model.config.image_token_id).int().argmax(1).min())
+
+
+@method_of(DiscriminativeLVLM)
+def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
+    "(rows, their sequences) that go through the model together."
+    if not (self.levers.length_groups and batch.has_rows()):
+        return [(torch.arange(len(batch.last)), batch)]
+    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist())]
+    return [(index, batch.rows(index)) for index in groups]
+
+
+@method_of(DiscriminativeLVLM)
+def _distinct(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
+    "Texts of a batch that differ, and which of them each row is."
+    if not self.levers.unique or batch.vision:
+        return batch, torch.arange(len(batch.last))
+    _, number = torch.unique(batch.input_ids.masked_fill(batch.attention_mask == 0, -1), dim=0, return_inverse=True)
+    first = torch.zeros(int(number.max()) + 1, dtype=torch.long).scatter_(0, number.flip(0), torch.arange(len(number)).flip(0))
+    return batch.rows(first), number
 
 
 @method_of(DiscriminativeLVLM)
 def embed(self, batch: Sequences, modality: str) -> torch.Tensor:
     "Unit-norm embeddings `(B, D)` in float32."
-    states = self.forward(batch, modality)
-    return F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
+    distinct, number = self._distinct(batch)
+    found = []
+    for index, part in self._groups(distinct):
+        part = part.to(self.device)
+        rows = torch.zeros_like(part.input_ids, dtype=torch.bool).scatter_(1, part.last[:, None], True)
+        found.append((index, self.forward(part, modality, rows)[rows]))
+    return F.normalize(_in_order(found)[number].float(), dim=-1)
 
 
 @method_of(DiscriminativeLVLM)
 def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-    "Image embeddings and the next-token loss of the long captions, from one forward pass."
-    states = self.forward(batch, "image")
-    image = F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
-    return image, next_token_loss(states, batch.labels, language_head(self.model))
+    "Image embeddings and the next-token loss of the long captions (mean over their tokens), from one forward pass over each row."
+    found, losses, head = [], [], language_head(self.model)
+    for index, part in self._groups(batch):
+        part = part.to(self.device)
+        predicts = F.pad(part.labels[:, 1:] != -100, (0, 1))
+        states = self.forward(part, "image", predicts.scatter(1, part.last[:, None], True))
+        found.append((index, states[torch.arange(len(states)), part.last]))
+        losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
+    losses = torch.cat(losses)
+    return F.normalize(_in_order(found).float(), dim=-1), losses.mean() if len(losses) else 0.0 * losses.sum()
+
+
+def _in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    "(rows, their values) as one tensor in the order of the rows."
+    order = torch.cat([index for index, _ in found])
+    return torch.cat([values for _, values in found])[order.argsort()]
+
 
 # %% ../nbs/06_embedder.ipynb #77d0aba2
 def open_image(
@@ -252,7 +325,7 @@ def in_batches(
 @torch.inference_mode()
 def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
     "Embed pictures (PIL images, uint8 arrays `(H, W, 3)` or paths): unit-norm `(N, D)`."
-    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(opened(b)).to(self.device), "image"), progress=progress)
+    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(opened(b)), "image"), progress=progress)
 
 
 @method_of(DiscriminativeLVLM)
@@ -260,7 +333,7 @@ def encode_image(self, images: list, batch_size: int = 64, progress: bool = Fals
 def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
     "Embed captions: unit-norm `(N, D)`."
     unique, back = np.unique(np.array(texts, object), return_inverse=True)
-    encode = lambda b: self.embed(self.templates.text(b).to(self.device), "text")
+    encode = lambda b: self.embed(self.templates.text(b), "text")
     return in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress)[torch.as_tensor(back)]
 
 # %% ../nbs/06_embedder.ipynb #b4dc2c12

@@ -56,12 +56,14 @@ def text_contrast(
 def token_losses(
     states: torch.Tensor,  # final-norm states (B, T, D)
     labels: torch.Tensor,  # (B, T) token ids, -100 where nothing is predicted; position i is predicted from position i - 1
-    head: nn.Module,  # the language-model head; it runs only where something is predicted
+    head: nn.Module,  # the language-model head
+    only_predicted: bool = True,  # it runs only where something is predicted
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Negative log-likelihood in nats of each of the M predicted tokens `(M,)`, and the row of the batch that it stands in `(M,)`."
     states, labels = states[:, :-1], labels[:, 1:]
     keep = labels != -100
-    return F.cross_entropy(head(states[keep]).float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
+    logits = head(states[keep]) if only_predicted else head(states)[keep]
+    return F.cross_entropy(logits.float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
 
 
 def next_token_loss(states: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:

@@ -62,10 +62,10 @@ class Discriminative(FitModule):
         self.embedder, self.ar_weight, self.temperature = embedder, ar_weight, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
-        image, next_token = self.embedder.embed_and_predict(batch.image.to(self.device))
+        image, next_token = self.embedder.embed_and_predict(batch.image)
         loss = self.ar_weight * next_token
         if batch.text is not None:
-            text = self.embedder.embed(batch.text.to(self.device), "text")
+            text = self.embedder.embed(batch.text, "text")
             contrastive = info_nce(image[batch.has_short.to(self.device)], text, self.temperature(), batch.same.to(self.device))
             self.note(contrastive=contrastive, scale=self.temperature(), pairs=len(text))
             loss = loss + contrastive
@@ -87,6 +87,6 @@ class TextContrastive(FitModule):
         self.embedder = embedder
 
     def training_step(self, batch: TextBatch, index: int) -> torch.Tensor:
-        loss = text_contrast(*(self.embedder.embed(s.to(self.device), "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
+        loss = text_contrast(*(self.embedder.embed(s, "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
         self.note(contrastive=loss, pairs=len(batch.caption.last))
         return loss
