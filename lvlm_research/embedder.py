@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import warnings
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .backbones import language_head, trunk_states
+from .backbones import PREFIX_ATTENTION, language_head, trunk_states
 from .levers import Levers, common_prefix, lean_states, length_groups
 from .config import InputError, find_model, method_of
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
@@ -107,7 +108,7 @@ class Templates:
         if not probe or "\0" in suffix:
             raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
         self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
-        self.before = len(os.path.commonprefix(self._encode([f"{self.text_prefix}a", f"{self.text_prefix}the"])))  # tokens before the caption
+        self.before = os.path.commonprefix(self._encode([f"{self.text_prefix}a", f"{self.text_prefix}the"]))  # token ids before any caption
         self.opening, self.end = suffix[-24:], [self.tokenizer.eos_token_id]  # what an answer stands between
 
     def answer_prefix(self, question: str) -> list[int]:
@@ -219,16 +220,10 @@ def forward(
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of a batch, right where they are read."
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
-    shared = common_prefix(batch.input_ids, batch.attention_mask, self._before_content(batch)) if self.levers.shared_prefix and rows is not None else 0
+    sees_ahead = self.model.config.model_type in PREFIX_ATTENTION or batch.vision and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
+    share = rows is not None and self.levers.shared_prefix and not sees_ahead
+    shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, self.levers.pass_price) if share else 0
     return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared)
-
-
-@method_of(DiscriminativeLVLM)
-def _before_content(self, batch: Sequences) -> int:
-    "Tokens that the chat template writes before a caption, or before the first image token of any row."
-    if not batch.vision:
-        return self.templates.before
-    return int((batch.input_ids == self.model.config.image_token_id).int().argmax(1).min())
 
 
 @method_of(DiscriminativeLVLM)
@@ -236,7 +231,7 @@ def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
     "(rows, their sequences) that go through the model together."
     if not (self.levers.length_groups and batch.has_rows()):
         return [(torch.arange(len(batch.last)), batch)]
-    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist())]
+    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price)]
     return [(index, batch.rows(index)) for index in groups]
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
-__all__ = ['PLAIN', 'PASS_PRICE', 'Levers', 'only_rows', 'common_prefix', 'lean_states', 'length_groups']
+__all__ = ['PLAIN', 'Levers', 'only_rows', 'common_prefix', 'lean_states', 'length_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Levers:
     shared_prefix: bool = True  # what the template writes before the content is computed once, not once a row
     length_groups: bool = True  # rows of about the same length go together, so that little is padded
     unique: bool = True  # equal texts of a batch are embedded once
+    pass_price: int = 128  # tokens that one more forward pass has to save before it pays
 
 
 PLAIN = Levers(False, False, False, False, False)
@@ -65,20 +66,18 @@ def only_rows(
         yield
 
 # %% ../nbs/05d_levers.ipynb #227c3e35
-PASS_PRICE = 128  # tokens that one more forward pass has to save before it pays
-
-
 def common_prefix(
     input_ids: torch.Tensor,  # (B, T)
     attention_mask: torch.Tensor,  # (B, T)
-    most: int,  # tokens that the template writes before the content
+    before: list[int],  # token ids that the template writes before the content
+    price: int,  # of a pass, in tokens
 ) -> int:
-    "How many first tokens all rows share, if computing them once pays; else 0."
-    if (len(input_ids) - 1) * most < PASS_PRICE or not bool(attention_mask[:, 0].all()):
-        return 0
-    head = input_ids[:, :most]
-    shared = int((head == head[:1]).all(0).int().cumprod(0).sum())
-    return shared if (len(input_ids) - 1) * shared >= PASS_PRICE else 0
+    "How many of these tokens all rows begin with, if computing them once pays; else 0."
+    if not bool(attention_mask[:, 0].all()):
+        return 0  # padded on the left
+    first = input_ids[:, : len(before)]
+    shared = int((first == torch.tensor(before, device=first.device)[: first.shape[1]]).all(0).int().cumprod(0).sum())
+    return shared if (len(input_ids) - 1) * shared >= price else 0
 
 
 def lean_states(
@@ -107,7 +106,7 @@ def lean_states(
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(
     lengths: list[int],  # tokens of each row
-    price: int = PASS_PRICE,  # of one more pass, in tokens
+    price: int,  # of one more pass, in tokens
 ) -> list[np.ndarray]:
     "Rows (indices) that go together, longest first: the partition with the fewest padded tokens, passes counted at their price."
     order = np.argsort(-np.asarray(lengths), kind="stable")
