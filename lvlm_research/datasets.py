@@ -5,6 +5,7 @@
 # %% ../nbs/03_datasets.ipynb #bbe980fa
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,12 +119,17 @@ def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train
 # %% ../nbs/03_datasets.ipynb #a2d9b1bd
 @dataclass
 class JointBatch:
-    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and which of them have equal captions."
+    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and a number for each caption."
 
     image: Sequences
     text: Sequences | None
     has_short: torch.Tensor  # (B,) bool
-    same: torch.Tensor  # (S, S) bool, over the S short captions
+    caption: torch.Tensor  # (S,) whole numbers, equal for equal captions
+
+
+def _number(text: str) -> int:
+    "The same 63 bits for the same text, in every process."
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def joint_batches(
@@ -139,8 +145,8 @@ def joint_batches(
         image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
-        number = torch.tensor([short.index(s) for s in short])
-        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
+        number = torch.tensor([_number(s) for s in short], dtype=torch.int64)
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number)
 
     return draw
 

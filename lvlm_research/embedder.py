@@ -35,9 +35,9 @@ from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
-           'DiscriminativeLVLM', 'forward', 'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches',
-           'encode_image', 'encode_text', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
-           'save_pretrained', 'from_pretrained']
+           'DiscriminativeLVLM', 'forward', 'chunks', 'distinct', 'embed', 'embed_and_predict', 'in_order',
+           'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text', 'tried', 'generate', 'enable_adapter',
+           'text_log_likelihood', 'weights_hash', 'save_pretrained', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -60,6 +60,12 @@ class Sequences:
         kept = self.attention_mask[index].any(0)
         ids, mask, labels = (part[index][:, kept] for part in (self.input_ids, self.attention_mask, self.labels))
         return Sequences(ids, mask, self.last[index] - kept.int().argmax(), labels, _vision_rows(self.vision, index))
+
+    def prompts(self) -> "Sequences":
+        "The same rows without the captions that follow the read-out."
+        before = torch.arange(self.input_ids.shape[1]) <= self.last[:, None]
+        cut = Sequences(self.input_ids, self.attention_mask * before, self.last, torch.full_like(self.labels, -100), self.vision)
+        return cut.rows(torch.arange(len(self.last)))
 
     def has_rows(self) -> bool:
         "Whether what the processor made of the images can be told apart by rows."
@@ -236,7 +242,16 @@ def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
 
 
 @method_of(DiscriminativeLVLM)
-def _distinct(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
+def chunks(self, batch: Sequences, most: int) -> list[tuple[torch.Tensor, Sequences]]:
+    "(rows, their sequences), at most so many rows each and of about the same length."
+    if not batch.has_rows():
+        raise InputError(f"{self.model.config.model_type}: its pictures cannot be cut into parts of a batch; train it without cache_rows")
+    order = batch.attention_mask.sum(1).argsort(descending=True, stable=True)
+    return [(index, batch.rows(index)) for index in order.split(most)]
+
+
+@method_of(DiscriminativeLVLM)
+def distinct(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
     "Texts of a batch that differ, and which of them each row is."
     if not self.levers.unique or batch.vision:
         return batch, torch.arange(len(batch.last))
@@ -248,17 +263,21 @@ def _distinct(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
 @method_of(DiscriminativeLVLM)
 def embed(self, batch: Sequences, modality: str) -> torch.Tensor:
     "Unit-norm embeddings `(B, D)` in float32."
-    distinct, number = self._distinct(batch)
+    distinct, number = self.distinct(batch)
     found = []
     for index, part in self._groups(distinct):
         part = part.to(self.device)
         rows = torch.zeros_like(part.input_ids, dtype=torch.bool).scatter_(1, part.last[:, None], True)
         found.append((index, self.forward(part, modality, rows)[rows]))
-    return F.normalize(_in_order(found)[number].float(), dim=-1)
+    return F.normalize(in_order(found)[number].float(), dim=-1)
 
 
 @method_of(DiscriminativeLVLM)
-def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_and_predict(
+    self,
+    batch: Sequences,
+    tokens: int | None = None,  # that the mean is over; None: those of this batch
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Image embeddings and the next-token loss of the long captions (mean over their tokens), from one forward pass over each row."
     found, losses, head = [], [], language_head(self.model)
     for index, part in self._groups(batch):
@@ -268,10 +287,10 @@ def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tenso
         found.append((index, states[torch.arange(len(states)), part.last]))
         losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
     losses = torch.cat(losses)
-    return F.normalize(_in_order(found).float(), dim=-1), losses.mean() if len(losses) else 0.0 * losses.sum()
+    return F.normalize(in_order(found).float(), dim=-1), losses.sum() / max(len(losses) if tokens is None else tokens, 1)
 
 
-def _in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     "(rows, their values) as one tensor in the order of the rows."
     order = torch.cat([index for index, _ in found])
     return torch.cat([values for _, values in found])[order.argsort()]

@@ -5,17 +5,19 @@
 # %% ../nbs/09_training.ipynb #1ee6a5ce
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .datasets import JointBatch, TextBatch
-from .embedder import DiscriminativeLVLM
+from .embedder import DiscriminativeLVLM, Sequences
 from .fitting import FitModule
+from .large_batches import cached_loss, remembered
 from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'trainable_parameters', 'TextContrastive']
+__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'draws_random_numbers', 'trainable_parameters', 'TextContrastive']
 
 # %% ../nbs/09_training.ipynb #6d92942e
 @dataclass(frozen=True)
@@ -57,21 +59,64 @@ def prepare(
 class Discriminative(FitModule):
     "Joint training step; the frozen base never receives a gradient."
 
-    def __init__(self, embedder: DiscriminativeLVLM, ar_weight: float = 0.0, **optimiser):
+    def __init__(
+        self,
+        embedder: DiscriminativeLVLM,
+        ar_weight: float = 0.0,
+        cache_rows: int = 0,  # rows whose graph exists at a time (notebook 08a); 0: all
+        **optimiser,
+    ):
         super().__init__(**optimiser)
-        self.embedder, self.ar_weight, self.temperature = embedder, ar_weight, Temperature()
+        self.embedder, self.ar_weight, self.cache_rows, self.temperature = embedder, ar_weight, cache_rows, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
-        image, next_token = self.embedder.embed_and_predict(batch.image)
-        loss = self.ar_weight * next_token
-        if batch.text is not None:
-            text = self.embedder.embed(batch.text, "text")
-            contrastive = info_nce(image[batch.has_short.to(self.device)], text, self.temperature(), batch.same.to(self.device))
-            self.note(contrastive=contrastive, scale=self.temperature(), pairs=len(text))
-            loss = loss + contrastive
+        scale, has_short, caption = self.temperature(), batch.has_short.to(self.device), batch.caption.to(self.device)
+        contrast = lambda image, text: info_nce(image[has_short], text, scale, caption)
+        if batch.text is None:
+            contrastive, next_token = None, self.embedder.embed_and_predict(batch.image)[1]
+        elif self.cache_rows:
+            contrastive, next_token = self._cached(batch, contrast)
+        else:
+            image, next_token = self.embedder.embed_and_predict(batch.image)
+            contrastive = contrast(image, self.embedder.embed(batch.text, "text"))
+        if contrastive is not None:
+            self.note(contrastive=contrastive, scale=scale, pairs=len(caption))
         if self.ar_weight:
             self.note(next_token=next_token)
-        return loss
+        return self.ar_weight * next_token + (0.0 if contrastive is None else contrastive)
+
+    def _cached(self, batch: JointBatch, contrast: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        "Contrastive and next-token loss with the graph of a few rows at a time."
+        texts, number = self.embedder.distinct(batch.text)
+        images, texts = (self.embedder.chunks(rows, self.cache_rows) for rows in (batch.image, texts))
+        tokens = int((batch.image.labels != -100).sum())
+        order = [torch.cat([index for index, _ in chunks]).argsort() for chunks in (images, texts)]
+        parts = [*(self._image_part(chunk, tokens) for _, chunk in images), *(self._text_part(chunk) for _, chunk in texts)]
+        loss_of = lambda e: contrast(e[: len(order[0])][order[0]], e[len(order[0]) :][order[1]][number])
+        contrastive, next_token = cached_loss(parts, loss_of, [p for p in self.parameters() if p.requires_grad])
+        return contrastive, next_token / self.ar_weight if self.ar_weight else next_token
+
+    def _image_part(self, chunk: Sequences, tokens: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        "Embeds pictures; the first pass needs no captions, unless random numbers have to be drawn as in the second."
+        features = []
+
+        def part() -> tuple[torch.Tensor, torch.Tensor]:
+            with remembered(self.embedder.model, features):
+                if torch.is_grad_enabled() or draws_random_numbers(self.embedder):
+                    image, next_token = self.embedder.embed_and_predict(chunk, tokens)
+                    return image, self.ar_weight * next_token
+                return self.embedder.embed(chunk.prompts(), "image"), torch.zeros(())
+
+        return part
+
+    def _text_part(self, chunk: Sequences) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda: (self.embedder.embed(chunk, "text"), torch.zeros((), device=self.device))
+
+
+def draws_random_numbers(embedder: DiscriminativeLVLM) -> bool:
+    "Whether a forward pass in training drops anything."
+    dropped = getattr(embedder.model.config.get_text_config(), "attention_dropout", 0.0)
+    return bool(dropped) or any(isinstance(m, torch.nn.Dropout) and m.p for m in embedder.modules())
 
 
 def trainable_parameters(module: torch.nn.Module) -> int:
