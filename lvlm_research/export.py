@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import AddedToken
 from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
@@ -65,8 +66,9 @@ def around_prompt(
     probe = copy.copy(templates)
     probe.processor = copy.copy(templates.processor)
     probe.processor.tokenizer = _Overheard(templates.tokenizer)
-    probe.processed([np.zeros((8, 8, 3), np.uint8)], [head + "\0"])
-    before, _, after = probe.processor.tokenizer.texts[0].rpartition(image_token)[2].partition("\0")
+    prompt = PROMPT_TOKEN.format("image", 0)
+    probe.processed([np.zeros((8, 8, 3), np.uint8)], [head + prompt])
+    before, _, after = probe.processor.tokenizer.texts[0].rpartition(image_token)[2].partition(prompt)
     return before, after
 
 # %% ../nbs/06a_export.ipynb #a97a92f8
@@ -134,7 +136,7 @@ def _with_prompts(
 def plain_embeddings(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    contents: list,  # pictures, or strings
+    contents: list,  # PIL images, or strings
 ) -> torch.Tensor:
     "Unit-norm embeddings `(N, D)` of an exported model by transformers alone."
     parts = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c} for c in contents]
@@ -151,7 +153,7 @@ def plain_embeddings(
 def _check_same(lvlm: DiscriminativeLVLM, plain: PreTrainedModel, processor: ProcessorMixin, tolerance: float = 1e-4) -> None:
     "InputError if the plain model embeds otherwise than the embedder."
     noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
-    pictures, texts = [noise[:, :64], noise], ["a", "two things.", "a red star left of a ring "]
+    pictures, texts = [Image.fromarray(noise[:, :64]), Image.fromarray(noise)], ["a", "two things.", "a red star left of a ring "]
     expected = torch.cat([lvlm.encode_image(pictures), lvlm.encode_text(texts)])
     found = torch.cat([plain_embeddings(plain, processor, contents) for contents in (pictures, texts)])
     if not (change := (found - expected).abs().max().item()) < tolerance:
