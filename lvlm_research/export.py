@@ -116,9 +116,11 @@ def _with_prompts(
     processor = copy.deepcopy(templates.processor)
     if not hasattr(transformers, type(processor).__name__):  # a class of ours is stored under the name of the family's
         processor.__class__ = picture_processor(processing_auto.PROCESSOR_MAPPING_NAMES[config.model_type])
-    tokenizer = processor.tokenizer
-    head, place, _ = templates.image_text.rpartition(processor.image_token)
-    before, after = around_prompt(templates, head + place, tokenizer.convert_ids_to_tokens(config.image_token_id))
+    tokenizer, picture = processor.tokenizer, getattr(processor, "image_token", None)
+    if not picture or picture not in templates.image_text:
+        raise InputError(f"{lvlm.base}: {config.model_type} cannot be exported: its chat template does not write the image token of its processor")
+    head = templates.image_text.rpartition(picture)[0] + picture
+    before, after = around_prompt(templates, head, tokenizer.convert_ids_to_tokens(config.image_token_id))
 
     named = {modality: [PROMPT_TOKEN.format(modality, i) for i in range(n)] for modality, n in lengths.items()}
     written = "".join(named["image"])
@@ -127,8 +129,8 @@ def _with_prompts(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the last position is the read-out, and where an answer begins
     if config.model_type in PREFIX_ATTENTION:  # what the model attends to in both directions is marked by zeros here, in texts too
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = [*tokenizer.model_input_names, "token_type_ids"]
-    template = _chat_template(processor.chat_template, head + place + written, templates.text_prefix, "".join(named["text"]))
-    processor.chat_template = tokenizer.chat_template = template
+    own = processor.chat_template["default"] if isinstance(processor.chat_template, dict) else processor.chat_template
+    processor.chat_template = tokenizer.chat_template = _chat_template(own, head + written, templates.text_prefix, "".join(named["text"]))
     return processor, {modality: tokenizer.convert_tokens_to_ids(names) for modality, names in named.items()}
 
 # %% ../nbs/06a_export.ipynb #8beb6f40
@@ -183,11 +185,10 @@ def _reads_videos(processor: ProcessorMixin) -> bool:
 
 def _add_video_section(folder: Path, base: str) -> None:
     "Give `processor_config.json` the section on videos that the base has, looked up where transformers does."
-    read = lambda path: json.loads(path.read_text()) if path.is_file() else {}
-    source = find_model(base) if base else Path()
-    section = read(source / "processor_config.json").get("video_processor") or read(source / "video_preprocessor_config.json") or read(source / "preprocessor_config.json")
-    config = folder / "processor_config.json"
-    config.write_text(json.dumps(read(config) | {"video_processor": section}, indent=2) + "\n")
+    source, config = find_model(base) if base else None, folder / "processor_config.json"
+    read = lambda name: json.loads((source / name).read_text()) if source and (source / name).is_file() else {}
+    section = read("processor_config.json").get("video_processor") or read("video_preprocessor_config.json") or read("preprocessor_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"video_processor": section}, indent=2) + "\n")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class MtebEncoder:
 
     def __init__(
         self,
-        model_name: str,  # its folder
+        model_name: str | Path,  # its folder
         revision: str | None = None,  # by default the hash of its weights
         *,
         device: str | None = None,
@@ -39,7 +39,7 @@ class MtebEncoder:
         self.name, self.revision = f"lvlm-research/{Path(model_name).resolve().name}", revision or model_signature(model_name)
 
     def encode(self, inputs: Iterable[dict], *, task_metadata, hf_split: str, hf_subset: str, prompt_type=None, **kwargs) -> np.ndarray:
-        "Unit-norm embeddings `(N, D)` of all batches."
+        "Unit-norm embeddings `(N, D)` of all batches; what mteb says of the task changes nothing."
         return torch.cat([self._embed(batch) for batch in inputs]).numpy()
 
     def _embed(self, batch: dict[str, list]) -> torch.Tensor:
@@ -50,12 +50,14 @@ class MtebEncoder:
             parts.append(self.embedder.encode_text(list(batch["text"])))
         return F.normalize(sum(parts), dim=-1)
 
-    def similarity(self, embeddings1, embeddings2):
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> torch.Tensor:
+        "Cosines `(N, M)` of all pairs."
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
-    def similarity_pairwise(self, embeddings1, embeddings2):
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> torch.Tensor:
+        "Cosines `(N,)` of rows of the same number."
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)

@@ -127,7 +127,7 @@ def test_prompt_tokens_are_never_generated(name, pictures, tmp_path):
         for vectors in embedder.soft_prompts.vectors.values():
             vectors.mul_(30)  # tied, their logits are far above the others
         if name == "llava":
-            embedder.model.get_output_embeddings().weight.mul_(0).sub_(1)  # all logits are equal, and with luck below zero
+            embedder.model.get_output_embeddings().weight.mul_(0).sub_(1)  # all logits are equal, and below the zeros of the new tokens
     model, processor = opened(embedder.export(tmp_path / "out"))
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (name == "gemma3")
     new = set(processor.tokenizer.get_added_vocab().values()) - set(embedder.templates.tokenizer.get_added_vocab().values())
@@ -172,10 +172,11 @@ def test_the_section_on_videos_is_the_bases(stored, tmp_path):
     assert config["video_processor"] == (videos if stored else {}) and config["processor_class"] == "Qwen2VLProcessor"
 
 
-def test_the_own_template_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("stored", [lambda template: template, lambda template: {"default": template, "other": "x"}], ids=["one", "several"])
+def test_the_own_template_is_left_as_it_is(stored, tmp_path):
     embedder = micro("llava", tmp_path / "base", "zero-shot")
     template = "\n{% for message in messages %}{{ message.role }}\n{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}\n{% endfor %}\nANSWER:\n\n"
-    embedder.templates.processor.chat_template = template
+    embedder.templates.processor.chat_template = stored(template)
     embedder = DiscriminativeLVLM(embedder.model, embedder.templates.processor)
     _, processor = opened(embedder.export(tmp_path / "out"))
     part = lambda text: {"type": "text", "text": text}
@@ -197,6 +198,9 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
         embedder.export(tmp_path / "file" / "out")
     with pytest.raises(InputError, match="ovis2 cannot be exported: transformers' own forward pass"):
         micro("ovis2", tmp_path / "ovis2").export(tmp_path / "refused")
+    embedder.templates.processor.image_token = "<picture>"
+    with pytest.raises(InputError, match="does not write the image token"):
+        embedder.export(tmp_path / "refused")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "kept", "ovis2"]
 
 
@@ -210,13 +214,22 @@ def test_export_on_the_command_line(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2 and "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["vladva-micro", "clip-micro"])
-def test_mteb_runs_every_mock_task_of_texts_and_pictures(name):
+def test_mteb_runs_every_mock_task_of_texts_and_pictures():
     mteb = pytest.importorskip("mteb")
-    results = mteb.mock_run(MtebEncoder(str(CHECKPOINTS / name)))
+    results = mteb.mock_run(MtebEncoder(CHECKPOINTS / "vladva-micro"))
     ran = {task: status for task, status in results.items() if status is not None}
     assert [(task, status) for task, status in ran.items() if not isinstance(status, mteb.TaskResult)] == []
     assert {modality: status for status, modality, _ in results.modality_summary()}["image"] == "✓ (15/15)" and len(ran) > 40
+
+
+def test_mteb_reads_a_dual_encoder_too(pictures):
+    mteb = pytest.importorskip("mteb")
+    encoder = MtebEncoder(CHECKPOINTS / "clip-micro")
+    assert isinstance(encoder, mteb.EncoderProtocol) and encoder.mteb_model_meta.modalities == ["text", "image"]
+    found = encoder.encode([{"image": pictures}, {"image": pictures[:1]}], task_metadata=None, hf_split="", hf_subset="")
+    expected = encoder.embedder.encode_image([*pictures, pictures[0]])
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+    assert torch.allclose(encoder.similarity(found, found), expected @ expected.T, atol=1e-5)
 
 
 def test_without_mteb_one_line_says_how_to_get_it(monkeypatch):
