@@ -12,6 +12,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -91,20 +92,20 @@ def _add_rows(
     config.suppress_tokens = sorted({*(config.suppress_tokens or []), *new})
 
 # %% ../nbs/06a_export.ipynb #bb95068a
-_TEMPLATE = (
+_TEMPLATE = Template(
     "{%- set lone = messages[0].content if messages | length == 1 else [] -%}"
     "{%- set lone = [{'type': 'text', 'text': lone}] if lone is string else lone -%}"
     "{%- set kind = lone[0].type if lone | length == 1 else '' -%}"
-    "{%- if kind == 'image' -%}{{ IMAGE }}{%- elif kind == 'text' -%}{{ BEFORE }}{{ lone[0].text }}{{ AFTER }}"
-    "{%- else -%}{{ '' }}ORIGINAL{{ '' }}{%- endif -%}"  # the empty strings keep Jinja from trimming the original at its ends
+    "{%- if kind == 'image' -%}{{ $image }}{%- elif kind == 'text' -%}{{ $before }}{{ lone[0].text }}{{ $after }}"
+    "{%- else -%}{{ '' }}$original{{ '' }}{%- endif -%}"  # the empty strings keep Jinja from trimming the original at its ends
 )
 
 
 def _chat_template(original: str, image: str, before: str, after: str) -> str:
     "The model's own template, but for a lone picture, rendered as `image`, and a lone text, between `before` and `after`."
     literal = lambda text: json.dumps(text, ensure_ascii=False)
-    own = _TEMPLATE.replace("IMAGE", literal(image)).replace("BEFORE", literal(before)).replace("AFTER", literal(after))
-    return own.replace("ORIGINAL", original.removesuffix("\n"))  # Jinja drops a line break at the end of a template
+    original = original.removesuffix("\n")  # which Jinja drops at the end of a template
+    return _TEMPLATE.substitute(image=literal(image), before=literal(before), after=literal(after), original=original)
 
 
 def _with_prompts(
@@ -216,7 +217,7 @@ An embedder of pictures and texts in one space, exported by lvlm-research from `
 
 With transformers alone, the embedding is the last state of one message with a lone picture or a lone text:
 
-    processor, model = AutoProcessor.from_pretrained("{name}"), AutoModelForImageTextToText.from_pretrained("{name}")
+    processor, model = AutoProcessor.from_pretrained("{name}"{backend}), AutoModelForImageTextToText.from_pretrained("{name}")
     chat = [{{"role": "user", "content": [{{"type": "text", "text": "a caption"}}]}}]
     batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     embedding = torch.nn.functional.normalize(model.model(**batch).last_hidden_state[:, -1], dim=-1)
@@ -226,7 +227,7 @@ With transformers alone, the embedding is the last state of one message with a l
 def _readme(lvlm: DiscriminativeLVLM, processor: ProcessorMixin, name: str) -> str:
     trained = [what for what, there in (("soft prompts", lvlm.soft_prompts), ("LoRA", lvlm.lora)) if there is not None]
     own = type(processor).__module__.startswith("transformers.")
-    return _README.format(name=name, base=lvlm.base, trained=f" with {' and '.join(trained)}" if trained else "",
+    return _README.format(name=name, base=lvlm.base, trained=f" with {' and '.join(trained)}" if trained else "", backend=', backend="pil"' if own else "",
                           note="" if own else "\ntransformers makes this processor with torchvision: `pip install torchvision`.\n")
 
 # %% ../nbs/06a_export.ipynb #e82d1a7e
@@ -240,7 +241,6 @@ def check_new_folder(folder: str | Path) -> None:
 @contextmanager
 def _folder_beside(folder: Path):
     "Yields a temporary folder on the same disk, which becomes `folder` when the block ends well."
-    check_new_folder(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.part", dir=folder.parent)
@@ -264,7 +264,7 @@ def export(
     "Write the embedder as a plain transformers checkpoint that Sentence Transformers opens too; InputError if transformers would embed otherwise."
     folder = Path(folder)
     check_new_folder(folder)
-    self.eval()
+    self.eval()  # no dropout, as for embedding
     vectors = self._hand_prompt() if self.soft_prompts is None else {name: v.detach() for name, v in self.soft_prompts.vectors.items()}
     processor, ids = _with_prompts(self, {modality: len(rows) for modality, rows in vectors.items()})
     plain = merged(self.model)

@@ -117,7 +117,8 @@ def test_with_the_adapter_off_every_token_is_the_bases(base, trainable, pictures
     tuned.enable_adapter(False)
     assert torch.equal(answer(tuned.model), answer(base.model))
     tuned.enable_adapter(True)
-    assert not torch.equal(answer(tuned.model), answer(base.model))
+    with torch.no_grad():
+        assert not torch.allclose(tuned.model(**batch).logits, base.model(**batch).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])  # a head of its own, and one that is the embedding matrix
@@ -175,7 +176,7 @@ def test_the_section_on_videos_is_the_bases(stored, tmp_path):
 @pytest.mark.parametrize("stored", [lambda template: template, lambda template: {"default": template, "other": "x"}], ids=["one", "several"])
 def test_the_own_template_is_left_as_it_is(stored, tmp_path):
     embedder = micro("llava", tmp_path / "base", "zero-shot")
-    template = "\n{% for message in messages %}{{ message.role }}\n{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}\n{% endfor %}\nANSWER:\n\n"
+    template = "\né🙂 \"$image\" \\n{% for message in messages %}{{ message.role }}\n{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}\n{% endfor %}\nANSWER:\n\n"
     embedder.templates.processor.chat_template = stored(template)
     embedder = DiscriminativeLVLM(embedder.model, embedder.templates.processor)
     _, processor = opened(embedder.export(tmp_path / "out"))
@@ -184,10 +185,13 @@ def test_the_own_template_is_left_as_it_is(stored, tmp_path):
                  [{"role": "system", "content": [part("b")]}, {"role": "user", "content": [part("a")]}]):
         own, ours = (p.apply_chat_template(chat, add_generation_prompt=True) for p in (embedder.templates.processor, processor))
         assert own == ours and "prompt_0" not in own
+    for content in ("a", [part("a")]):
+        assert processor.apply_chat_template([{"role": "user", "content": content}]).startswith(embedder.templates.text_prefix + "a<|text_prompt_0|>")
+    assert embedder.templates.text_prefix.startswith('\né🙂 "$image" \\n')
 
 
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
-    embedder = DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro")
+    embedder = DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "vladva-micro")
     (tmp_path / "kept").mkdir()
     embedder.export(tmp_path / "kept")  # an empty folder is nobody's
     assert (tmp_path / "kept/modules.json").is_file()
