@@ -31,7 +31,7 @@ from .levers import Levers, common_prefix, lean_states, length_groups
 from .config import InputError, find_model, method_of
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .losses import token_losses
-from .prompts import SUMMARY, Prompt, SoftPrompts
+from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
@@ -109,8 +109,11 @@ class Templates:
     def __init__(self, processor, prompt: Prompt):
         self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.image_text = self._render([{"type": "image"}, {"type": "text", "text": prompt.question("image")}])
-        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).partition("\0")
+        image, text = [{"type": "image"}, {"type": "text", "text": prompt.question("image")}], f"\0{prompt.question('text')}"
+        if PROMPT_TOKEN.format("text", 0) in self.tokenizer.get_added_vocab():  # the template of an exported model writes its own prompts
+            image, text = image[:1], "\0"
+        self.image_text = self._render(image)
+        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": text}]).partition("\0")
         if not probe or "\0" in suffix:
             raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
         self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
@@ -199,9 +202,13 @@ class DiscriminativeLVLM(nn.Module):
 
     def add_soft_prompts(self) -> "DiscriminativeLVLM":
         "Make both prompt spans learnable, starting from the embeddings of their own tokens (VladVA section 3)."
-        embed, spans = self.model.get_input_embeddings(), self.templates.spans | {"image": self._image_span()}
-        self.soft_prompts = SoftPrompts(**{name: embed(torch.tensor(ids, device=self.device)) for name, ids in spans.items()})
+        self.soft_prompts = SoftPrompts(**self._hand_prompt())
         return self
+
+    def _hand_prompt(self) -> dict[str, torch.Tensor]:
+        "Embeddings `(tokens, D)` of the tokens of both prompt spans."
+        embed, spans = self.model.get_input_embeddings(), self.templates.spans | {"image": self._image_span()}
+        return {name: embed(torch.tensor(ids, device=self.device)) for name, ids in spans.items()}
 
     def _image_span(self) -> list[int]:
         "Tokens after the last image token of an image sequence."

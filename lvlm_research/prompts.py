@@ -15,7 +15,7 @@ from torch import nn
 from .config import InputError
 
 # %% auto #0
-__all__ = ['SUMMARY', 'Prompt', 'read_prompts', 'SoftPrompts']
+__all__ = ['SUMMARY', 'PROMPT_TOKEN', 'Prompt', 'read_prompts', 'SoftPrompts']
 
 # %% ../nbs/02_prompts.ipynb #90656690
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Prompt:
 
 
 SUMMARY = Prompt("summary of the picture in one word:", "summary of the sentence in one word:")
+
+# %% ../nbs/02_prompts.ipynb #a4c38943
+PROMPT_TOKEN = "<|{}_prompt_{}|>"  # modality, number
 
 # %% ../nbs/02_prompts.ipynb #f4a3a653
 def read_prompts(file: str | Path) -> list[Prompt]:
