@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from .config import InputError
 from .embedder import Sequences, Templates
+from .large_batches import own_share
 from .scenes import claim_with_negative, long_caption, paraphrase, sample_albums, say, scene_images, short_caption
 
 # %% auto #0
@@ -141,7 +142,7 @@ def joint_batches(
     "The pairs of any step, collated for one model."
 
     def draw(step: int) -> JointBatch:
-        batch = pairs(step)
+        batch = own_share(pairs(step))
         image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
@@ -165,7 +166,7 @@ def text_batches(templates: Templates, batch_size: int, seed: int, split: str = 
 
     def draw(step: int) -> TextBatch:
         rng = np.random.default_rng([seed, step])
-        pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
+        pairs = own_share([claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)])
         texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
         return TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from .config import InputError
+
 # %% auto #0
-__all__ = ['cached_loss', 'remembered']
+__all__ = ['cached_loss', 'processes', 'own_share', 'everyones', 'total', 'remembered']
 
 # %% ../nbs/08a_large_batches.ipynb #10d51dbc
 def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -49,8 +52,57 @@ def cached_loss(
         for i, g in enumerate(torch.autograd.grad((again * gradient).sum() + more, parameters, allow_unused=True)):
             gradients[i] = g if gradients[i] is None else gradients[i] if g is None else gradients[i] + g
         own = own + more.detach()
-    carrier = sum(((p - p.detach()) * g).sum() for p, g in zip(parameters, gradients) if g is not None)  # 0, with these gradients
+    carrier = sum(((p - p.detach()) * (0.0 if g is None else g)).sum() for p, g in zip(parameters, gradients))  # 0, with these gradients
     return loss.detach() + carrier, own
+
+# %% ../nbs/08a_large_batches.ipynb #0a509a8d
+def processes() -> int:
+    "Number of processes that train together."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_share(records: list) -> list:
+    "The records of a batch that this process takes; InputError if there are too few to go round."
+    if len(records) < processes():
+        raise InputError(f"a batch of {len(records)} cannot be shared by {processes()} processes; make it larger")
+    return records[dist.get_rank() :: processes()] if processes() > 1 else records
+
+
+class _Gathered(torch.autograd.Function):
+    "Tensors of equal shape from all processes, stacked; the gradient of each comes from all of them."
+
+    @staticmethod
+    def forward(ctx, own: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(own) for _ in range(processes())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+def everyones(rows: torch.Tensor) -> tuple[torch.Tensor, range]:
+    "Rows `(b, ...)` of all processes, one process after the other, with gradients where they have any; and which of them are this one's."
+    if processes() == 1:
+        return rows, range(len(rows))
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(processes())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(c) for c in counts]
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = _Gathered.apply(padded)
+    first = sum(counts[: dist.get_rank()])
+    return torch.cat([part[:count] for part, count in zip(parts, counts)]), range(first, first + len(rows))
+
+
+def total(count: int, device: torch.device) -> int:
+    "Sum of a number over all processes."
+    value = torch.tensor(count, device=device)
+    if processes() > 1:
+        dist.all_reduce(value)
+    return int(value)
 
 # %% ../nbs/08a_large_batches.ipynb #9c37719a
 @contextmanager

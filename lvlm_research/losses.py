@@ -43,8 +43,8 @@ def info_nce(
 ) -> torch.Tensor:
     "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
     image, text = image.float(), text.float()
-    texts, rows = text if negatives is None else torch.cat([text, negatives.float()]), rows or range(len(image))
-    terms = []
+    texts, rows = text if negatives is None else torch.cat([text, negatives.float()]), range(len(image)) if rows is None else rows
+    terms = [0.0 * image.sum() + 0.0 * texts.sum()]  # a process may have no rows
     for queries, keys in ((image, texts), (text, image)):
         for start in range(rows.start, rows.stop, block):
             part = torch.arange(start, min(start + block, rows.stop), device=image.device)

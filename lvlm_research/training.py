@@ -13,11 +13,12 @@ import torch
 from .datasets import JointBatch, TextBatch
 from .embedder import DiscriminativeLVLM, Sequences
 from .fitting import FitModule
-from .large_batches import cached_loss, remembered
+from .large_batches import cached_loss, everyones, processes, remembered, total
 from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'draws_random_numbers', 'trainable_parameters', 'TextContrastive']
+__all__ = ['VARIANTS', 'Contrast', 'Variant', 'prepare', 'Discriminative', 'draws_random_numbers', 'trainable_parameters',
+           'TextContrastive']
 
 # %% ../nbs/09_training.ipynb #6d92942e
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def prepare(
     return embedder
 
 # %% ../nbs/09_training.ipynb #a0998832
+Contrast = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of image and text embeddings
+
+
 class Discriminative(FitModule):
     "Joint training step; the frozen base never receives a gradient."
 
@@ -70,31 +74,41 @@ class Discriminative(FitModule):
         self.embedder, self.ar_weight, self.cache_rows, self.temperature = embedder, ar_weight, cache_rows, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
-        scale, has_short, caption = self.temperature(), batch.has_short.to(self.device), batch.caption.to(self.device)
-        contrast = lambda image, text: info_nce(image[has_short], text, scale, caption)
-        if batch.text is None:
-            contrastive, next_token = None, self.embedder.embed_and_predict(batch.image)[1]
-        elif self.cache_rows:
-            contrastive, next_token = self._cached(batch, contrast)
-        else:
-            image, next_token = self.embedder.embed_and_predict(batch.image)
-            contrastive = contrast(image, self.embedder.embed(batch.text, "text"))
-        if contrastive is not None:
-            self.note(contrastive=contrastive, scale=scale, pairs=len(caption))
+        tokens = total(int((batch.image.labels != -100).sum()), self.device)  # that the next-token loss is the mean of, over all processes
+        scale, caption, has_short = self.temperature(), everyones(batch.caption.to(self.device))[0], batch.has_short.to(self.device)
+
+        def contrast(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            (image, rows), (text, _) = everyones(image[has_short]), everyones(text)
+            if not len(caption):
+                return 0.0 * (image.sum() + text.sum())
+            return processes() * info_nce(image, text, scale, caption, rows=rows)
+
+        contrastive, next_token = (self._cached if self.cache_rows else self._at_once)(batch, contrast, tokens)
+        if len(caption):
+            equal = (caption[:, None] == caption).sum().item() / len(caption)
+            self.note(contrastive=contrastive, scale=scale, pairs=len(caption), negatives=len(caption) - equal)
         if self.ar_weight:
             self.note(next_token=next_token)
-        return self.ar_weight * next_token + (0.0 if contrastive is None else contrastive)
+        return contrastive + self.ar_weight * processes() * next_token
 
-    def _cached(self, batch: JointBatch, contrast: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        "Contrastive and next-token loss with the graph of a few rows at a time."
-        texts, number = self.embedder.distinct(batch.text)
-        images, texts = (self.embedder.chunks(rows, self.cache_rows) for rows in (batch.image, texts))
-        tokens = int((batch.image.labels != -100).sum())
-        order = [torch.cat([index for index, _ in chunks]).argsort() for chunks in (images, texts)]
+    def _at_once(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Contrastive and next-token loss with one graph."
+        image, next_token = self.embedder.embed_and_predict(batch.image, tokens)
+        text = image[:0] if batch.text is None else self.embedder.embed(batch.text, "text")
+        idle = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # every process has a gradient for everything, which DistributedDataParallel wants
+        return contrast(image, text) + idle, next_token
+
+    def _cached(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "The same with the graph of a few rows at a time; the gradients of both losses come with the first."
+        images, texts, number = self.embedder.chunks(batch.image, self.cache_rows), [], torch.zeros(0, dtype=torch.long)
+        if batch.text is not None:
+            distinct, number = self.embedder.distinct(batch.text)
+            texts = self.embedder.chunks(distinct, self.cache_rows)
+        order, order_of_texts = (torch.cat([torch.zeros(0, dtype=torch.long), *(index for index, _ in chunks)]).argsort() for chunks in (images, texts))
         parts = [*(self._image_part(chunk, tokens) for _, chunk in images), *(self._text_part(chunk) for _, chunk in texts)]
-        loss_of = lambda e: contrast(e[: len(order[0])][order[0]], e[len(order[0]) :][order[1]][number])
-        contrastive, next_token = cached_loss(parts, loss_of, [p for p in self.parameters() if p.requires_grad])
-        return contrastive, next_token / self.ar_weight if self.ar_weight else next_token
+        loss_of = lambda e: contrast(e[: len(order)][order], e[len(order) :][order_of_texts][number])
+        contrastive, weighted = cached_loss(parts, loss_of, [p for p in self.parameters() if p.requires_grad])
+        return contrastive, weighted / (self.ar_weight * processes()) if self.ar_weight else weighted
 
     def _image_part(self, chunk: Sequences, tokens: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         "Embeds pictures; the first pass needs no captions, unless random numbers have to be drawn as in the second."
@@ -104,7 +118,7 @@ class Discriminative(FitModule):
             with remembered(self.embedder.model, features):
                 if torch.is_grad_enabled() or draws_random_numbers(self.embedder):
                     image, next_token = self.embedder.embed_and_predict(chunk, tokens)
-                    return image, self.ar_weight * next_token
+                    return image, self.ar_weight * processes() * next_token
                 return self.embedder.embed(chunk.prompts(), "image"), torch.zeros(())
 
         return part
