@@ -29,7 +29,7 @@ class Levers:
     shared_prefix: bool = True  # what the template writes before the content is computed once, not once a row
     length_groups: bool = True  # rows of about the same length go together, so that little is padded
     unique: bool = True  # equal texts of a batch are embedded once
-    pass_price: int = 128  # tokens that one more forward pass has to save before it pays
+    pass_price: int = 512  # tokens that one more forward pass has to save before it pays
 
 
 PLAIN = Levers(False, False, False, False, False)
