@@ -53,9 +53,9 @@ class ClipEmbedder:
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
         check_weights(folder)
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
         check_finite(model.state_dict(), folder)
-        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
 
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
