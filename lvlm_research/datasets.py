@@ -31,6 +31,7 @@ class Pair:
     image: object  # PIL image or uint8 array
     short: str | None
     long: str | None
+    where: str = ""  # its record, if it was read from a file
 
 
 SHORT_TOKENS, LONG_TOKENS = 30, 500  # the paper's bins: short < 30 <= long <= 500
@@ -102,6 +103,7 @@ class JointBatch:
     text: Sequences | None
     has_short: torch.Tensor  # (B,) bool
     same: torch.Tensor  # (S, S) bool, over the S short captions
+    records: tuple[str, ...] = ()  # where the pairs come from, if from a file
 
 
 def joint_batches(
@@ -118,7 +120,8 @@ def joint_batches(
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
         number = torch.tensor([short.index(s) for s in short])
-        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number,
+                          tuple(p.where for p in batch if p.where))
 
     return draw
 

@@ -20,7 +20,7 @@ from .config import InputError, find_model, read_object
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor', 'read_config',
-           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'load_lvlm']
+           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -168,6 +168,12 @@ def check_finite(tensors: dict[str, torch.Tensor], folder: str | Path) -> dict[s
     return tensors
 
 
+def check_complete(loading: dict, folder: str | Path) -> None:
+    "InputError if transformers found no weights for a part of the model, which it would fill with random numbers."
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"{folder}: not a model that can embed: its weights lack {missing[0]} and {len(missing) - 1} more tensors; fetch or save them again")
+
+
 def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
     "A generative checkpoint and its processor, without remote code, pickles and torchvision; InputError says why a folder is refused."
     quiet_loading()
@@ -179,6 +185,7 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[P
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     check_weights(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    check_complete(loading, folder)
     check_finite(model.state_dict(), folder)
     return model, load_processor(folder, config)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
 
-from .config import InputError, check_file, json_object, utf8, visible
+from .config import InputError, check_file, check_space, json_object, utf8, visible
 from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import open_image
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
@@ -375,6 +375,8 @@ def read_records(
     if images and not Path(images).is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     root = Path(os.path.abspath(images or (path if path.is_dir() else path.parent)))
+    if path.is_file() and reader is not read_tar and reader is not read_parquet:
+        check_space(tempfile.gettempdir(), path.stat().st_size, f"a copy of the captions of {path.name}")
     for file in files if path.is_dir() and files != [path] else []:
         path_below(path, file.name, path, "shard")
     records = itertools.chain.from_iterable(reader(file, root, fields) for file in files)
@@ -551,7 +553,7 @@ def _pair(record: dict, tokenizer, rng: np.random.Generator) -> Pair | None:
         warnings.warn(f"left out: {error}")
         return None
     choose = lambda options: options[rng.integers(len(options))] if options else None
-    return Pair(image, choose(short), choose(long))
+    return Pair(image, choose(short), choose(long), record["where"])
 
 
 def _by_step(make: Callable[[], Iterator]) -> Callable[[int], object]:
