@@ -413,11 +413,11 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         return check_finite(load_file(folder / name), folder)
 
     if config["lora"]:
-        self.lora = lora_config(folder)
+        self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
         try:
             inject_adapter_in_model(self.lora, self.model)
             fold_small_layers(self.model)
-            loaded = set_peft_model_state_dict(self.model, read("adapter_model.safetensors"), adapter_name="default")
+            loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
         except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
             raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None
         if strange := [*(k for k in loaded.missing_keys if "lora_" in k), *loaded.unexpected_keys]:
