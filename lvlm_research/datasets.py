@@ -46,6 +46,8 @@ def _check_record(record: dict, where: str, folder: Path) -> dict:
         raise InputError(f"{where}: field 'captions' must be a list of at least one non-empty string")
     if large := next((key for key, v in record.items() if isinstance(v, int) and not -(2**63) <= v < 2**63), None):
         raise InputError(f"{where}: field {large!r} is too large a number; write it as a text")
+    if any("\0" in key for key in record):
+        raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
     path = path_below(os.path.abspath(folder), image, where)
     if not os.path.isfile(path):
         raise InputError(f"{where}: image {image!r} does not exist in {folder}; add it or remove the line")

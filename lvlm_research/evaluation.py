@@ -159,9 +159,9 @@ def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = Fal
     return scores
 
 
-def collapsed(embeddings: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    "Whether different inputs all have the same embedding `(N, D)`, unit-norm: cosines with the first within the tolerance of 1."
-    return len(embeddings) > 1 and bool((embeddings @ embeddings[0] > 1 - tolerance).all())
+def collapsed(embeddings: torch.Tensor, distance: float = 0.01) -> bool:
+    "Whether different inputs all have the same embedding `(N, D)`: none is further than this from the first."
+    return len(embeddings) > 1 and bool((embeddings - embeddings[0]).norm(dim=-1).max() < distance)
 
 
 def _score_embedded(embedder: Embedder, suite: list[Benchmark], progress: bool) -> Scores:

@@ -33,7 +33,7 @@ from .embedder import open_image
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
-__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'UNPACKED',
+__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'PICTURE', 'UNPACKED',
            'PICTURES_OF_A_GROUP', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines', 'read_coco',
            'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise', 'read_records',
            'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
@@ -43,8 +43,6 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 IMAGE_FIELDS = ("image", "Image Path", "filepath", "file_name")  # LLaVA and BLIP, DreamLIP, open_clip, imagefolder
 CAPTION_FIELDS = ("txt", "caption", "captions", "text", "title", "raw_caption", "org_caption", "re_caption", "short_caption", "long_caption",
                   *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")))  # DreamLIP: InstructBLIP, ShareGPT4V, LLaVA
-
-
 TEXTS, LABELS = 2**20, 1000  # bytes of all texts of a record; its labels
 
 
@@ -55,6 +53,8 @@ def _row(where: str, captions: list[str], image: str | None, at: Sequence[int] =
         size = len("".join([where, image or "", *captions, *labels, *labels.values()]).encode())
     except UnicodeEncodeError:
         raise InputError(f"{where}: a text or a name holds half a character (a lone surrogate); correct or remove the record") from None
+    if any("\0" in name for name in labels):
+        raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
     if size > TEXTS or len(labels) > LABELS:
         raise InputError(f"{where}: has {size:,} bytes of text and {len(labels):,} labels, more than {TEXTS:,} and {LABELS:,}; is this training data?")
     return labels | {"where": where, "captions": [c for c in map(str.strip, captions) if c], "image": image, "at": list(at)}
@@ -176,9 +176,9 @@ def _tar(file: Path):
     try:
         with tarfile.open(file, "r:", tarinfo=_Member) as tar:
             yield tar
+    except InputError:
+        raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # a header that is no number, or a thousand headers of a header
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: not a whole, plain tar ({error}); unpack a compressed one (gunzip), copy a broken one again") from None
 
 
@@ -208,10 +208,14 @@ def _sample(where: str, image: str | None, at: Sequence[int], texts: dict[str, C
     return _row(where, _captions(values, where, fields), image, at, _labels(values, fields))
 
 
-def _small(size: int, where: str) -> None:
-    "InputError for a text of so many bytes that it is none."
-    if size > RECORD:
-        raise InputError(f"{where}: has {size:,} bytes, more than {RECORD:,}; is this a text?")
+PICTURE = 2**28  # bytes of a picture in an archive
+
+
+def _check_sizes(parts: dict[str, int], where: str) -> None:
+    "InputError for texts or pictures (suffix -> bytes) that are too large to be any."
+    for suffix, size in parts.items():
+        if size > (PICTURE if suffix in PICTURES else RECORD):
+            raise InputError(f"{where}.{suffix}: has {size:,} bytes; is this a {'picture' if suffix in PICTURES else 'text'}?")
 
 
 def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
@@ -221,8 +225,7 @@ def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
             parts = {os.path.basename(m.name).partition(".")[2].lower(): m for m in group}
             picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
             texts = {suffix: tar.extractfile(parts[suffix]).read for suffix in ("txt", "json") if suffix in parts}
-            for suffix in texts:
-                _small(parts[suffix].size, f"{file}, {os.path.join(folder, stem)}.{suffix}")
+            _check_sizes({suffix: m.size for suffix, m in parts.items() if m is picture or suffix in texts}, f"{file}, {os.path.join(folder, stem)}")
             if picture or texts:
                 at = (picture.offset_data, picture.size) if picture else ()
                 yield _sample(f"{file}, {os.path.join(folder, stem)}", str(file) if picture else None, at, texts, fields)
@@ -237,11 +240,10 @@ def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
             parts = {p.suffix[1:].lower(): p for p in group}
             if picture := next((parts[suffix] for suffix in PICTURES if suffix in parts), None):
                 texts = {suffix: parts[suffix].read_bytes for suffix in ("txt", "json") if suffix in parts}
-                for suffix, part in parts.items():
+                for part in parts.values():
                     path_below(folder, os.path.relpath(part, folder), folder, "file")
-                    if suffix in texts:
-                        check_file(part)
-                        _small(part.stat().st_size, str(part))
+                    check_file(part)
+                _check_sizes({suffix: parts[suffix].stat().st_size for suffix in texts}, str(place / stem))
                 yield _sample(str(place / stem), str(picture), (), texts, fields)
         yield from _failed(Path(f"{place}.parquet"))
 
@@ -312,6 +314,7 @@ def _has_failed(values: dict) -> bool:
 def _failed(sidecar: Path) -> Iterator[dict]:
     "Records without a picture, from the table that img2dataset puts beside a shard; there need not be one."
     if sidecar.is_file():
+        path_below(sidecar.parent, sidecar.name, sidecar.parent, "table")
         with _parquet(sidecar) as opened:
             names = [name for name in ("key", "status") if name in opened.schema_arrow.names]
             for values in itertools.chain.from_iterable(_parquet_rows(opened, group, names) for group in range(opened.num_row_groups)):
@@ -375,7 +378,7 @@ def read_records(
     if images and not Path(images).is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     root = Path(os.path.abspath(images or (path if path.is_dir() else path.parent)))
-    if path.is_file() and reader is not read_tar and reader is not read_parquet:
+    if path.is_file() and reader not in (read_tar, read_parquet):  # which are mostly pictures
         check_space(tempfile.gettempdir(), path.stat().st_size, f"a copy of the captions of {path.name}")
     for file in files if path.is_dir() and files != [path] else []:
         path_below(path, file.name, path, "shard")

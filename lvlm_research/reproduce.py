@@ -394,9 +394,9 @@ def run_graph(
     needed_for(only or "report", stages(profile))
     if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
         raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
+    check_space(results or root() / "results", int(SPACE[profile_of(profile).size]), f"a run of profile {profile_of(profile).name}")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
-        check_space(folder, int(SPACE[profile_of(profile).size]), f"profile {profile_of(profile).name}")
         if fresh:
             shutil.rmtree(folder)
             results_folder(profile, str(folder))

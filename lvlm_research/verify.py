@@ -71,12 +71,12 @@ def _finished(manifest: dict) -> dict[str, dict]:
 def _seal(folder: Path, published: bool, found: Verification) -> dict[str, dict]:
     "The entry of the last stage, which wrote rows, manifest and report."
     file = folder / "status" / "report.json"
-    if file.is_file():
-        return {"report": _check_entry(read_object(file), folder, str(file))}
+    if file.is_file() and (entry := _check_entry(read_object(file), folder, str(file))).get("state") == "ok":
+        return {"report": entry}
     if published:
         found.notes.append("rows.csv and manifest.json have no hash here: this reference was published before there were any")
     else:
-        found.problems.append("status/report.json: is missing, and with it the hashes of rows.csv, manifest.json and report.html")
+        found.problems.append("status/report.json: says of no report that it was finished, so rows.csv, manifest.json and report.html have no hashes")
     return {}
 
 

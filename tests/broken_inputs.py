@@ -199,7 +199,7 @@ TARS = [file_case("records", "x.tar", content, says, what) for content, says, wh
     (tar_of(("0.png", PNG), ("0.json", b"{")), "0.json: not valid JSON", "broken JSON in a tar"),
     (tar_of(("0.png", PNG), ("0.json", b"\xff{}")), "0.json: not UTF-8", "JSON that is no text in a tar"),
     (tar_of(("0.png", PNG), ("0.txt", b"\xff")), "0.txt: not UTF-8", "a caption that is no text in a tar"),
-    (tar_of(("0.png", PNG), ("0.txt", b"x" * LARGE)), "0.txt: has 16,777,217 bytes", "a caption of 16 megabytes in a tar"),
+    (tar_of(("0.png", PNG), ("0.txt", b"x" * LARGE)), "0.txt: has 16,777,217 bytes; is this a text", "a caption of 16 megabytes in a tar"),
     (tar_of(("\udcff.png", PNG)), "half a character", "a name that is no text in a tar"),
     (tar_of(), "holds no records", "an empty tar"),
 )]

@@ -52,12 +52,12 @@ def place(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_broken_input_is_named_in_one_line(case: Case, place):
     given = make(case, place / "input")
-    before, start = contents(place), time.monotonic()
+    before, start = contents(place), time.process_time()
     with pytest.raises(InputError) as error:
         READERS[case.reader](given)
     message = str(error.value)
     assert case.says in message and message.isprintable(), message
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2  # of this process: the machine may have other work
     assert contents(place) == before
 
 
