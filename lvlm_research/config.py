@@ -300,7 +300,7 @@ def check_space(
 ) -> None:
     "InputError if the disk has less free space than a run will need."
     folder = Path(folder).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(f"{folder}: {free / 1e6:,.0f} MB are free, {what} needs about {needed / 1e6:,.0f}; free some space or write elsewhere")

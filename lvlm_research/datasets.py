@@ -44,8 +44,8 @@ def _check_record(record: dict, where: str, folder: Path) -> dict:
         raise InputError(f"{where}: field 'image' must be a path relative to the folder")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise InputError(f"{where}: field 'captions' must be a list of at least one non-empty string")
-    if large := next((key for key, v in record.items() if isinstance(v, int) and not -(2**63) <= v < 2**63), None):
-        raise InputError(f"{where}: field {large!r} is too large a number; write it as a text")
+    if large := [key for key, v in record.items() if isinstance(v, int) and not -(2**63) <= v < 2**63]:
+        raise InputError(f"{where}: field {large[0]!r} is too large a number; write it as a text")
     if any("\0" in key for key in record):
         raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
     path = path_below(os.path.abspath(folder), image, where)

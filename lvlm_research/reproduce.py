@@ -373,12 +373,13 @@ def is_current(stage: Stage, folder: Path) -> bool:
     try:
         status = read_object(folder / "status" / f"{stage.name}.json")
         hashes = {**status.get("reads", {}), **status.get("writes", {})}
+        beside = {**status.get("beside", {})}
         for name in stage.writes:
             check_card((folder / name).parent)
     except (InputError, TypeError):  # no status, or an edited one; or a card is there, the weights that it names are not
         return False
     return (status.get("state") == "ok" and status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
-            and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
+            and all((folder / name).is_file() and sha256(folder / name) == value for name, value in (beside | hashes).items()))
 
 
 def run_graph(
