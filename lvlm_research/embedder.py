@@ -27,17 +27,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .backbones import PREFIX_ATTENTION, language_head, trunk_states
-from .levers import Levers, common_prefix, lean_states, length_groups
-from .config import InputError, find_model, method_of
+from .config import InputError, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
+from .levers import Levers, common_prefix, lean_states, length_groups
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
-           'DiscriminativeLVLM', 'forward', 'chunks', 'distinct', 'embed', 'embed_and_predict', 'in_order',
-           'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text', 'tried', 'generate', 'enable_adapter',
-           'text_log_likelihood', 'weights_hash', 'save_pretrained', 'from_pretrained']
+__all__ = ['CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers',
+           'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'distinct', 'embed', 'embed_and_predict',
+           'in_order', 'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text', 'tried', 'generate',
+           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'adapter_config', 'lora_config',
+           'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -447,6 +448,42 @@ def save_pretrained(self, folder: str | Path) -> Path:
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return folder
 
+# %% ../nbs/06_embedder.ipynb #31e8a01a
+_ADAPTER = {"base": str, "base_sha256": str, "prompt": dict, "lora": bool, "soft_prompts": bool}
+_LORA = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": list}
+_KEPT_BY_PEFT = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")  # what a config says of its origin
+LARGEST_RANK = 4096
+
+
+def adapter_config(folder: str | Path) -> dict:
+    "Contents of `discriminative.json`; InputError names the field that is wrong."
+    path = Path(folder) / CONFIG_NAME
+    try:
+        config = read_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; so not a model that can embed: save the adapter again") from None
+    wrong = [name for name, kind in _ADAPTER.items() if type(config.get(name)) is not kind]
+    if not wrong and (set(config["prompt"]) != {"image", "text"} or not all(isinstance(v, str) for v in config["prompt"].values())):
+        wrong = ["prompt"]
+    if wrong:
+        raise InputError(f"{path}: not a model that can embed: not the config of an adapter, field {wrong[0]!r} is missing or of another kind; save the adapter again")
+    return config
+
+
+def lora_config(folder: str | Path) -> LoraConfig:
+    "What `adapter_config.json` says of rank, scale, dropout and layers; InputError for anything else that it asks for."
+    path = Path(folder) / "adapter_config.json"
+    given, usual = read_object(path), LoraConfig().to_dict()
+    wrong = [name for name, kind in _LORA.items() if not isinstance(given.get(name), kind) or isinstance(given[name], bool)]
+    wrong += [name for name, value in given.items() if name not in (*_LORA, *_KEPT_BY_PEFT) and value and value != usual.get(name)]
+    if not wrong:
+        in_range = {"r": 0 < given["r"] <= LARGEST_RANK, "lora_dropout": 0 <= given["lora_dropout"] < 1, "target_modules": all(isinstance(t, str) for t in given["target_modules"])}
+        wrong = [name for name, holds in in_range.items() if not holds]
+    if wrong:
+        raise InputError(f"{path}: not a LoRA that this package writes: field {wrong[0]!r} is {given.get(wrong[0])!r:.80}; save the adapter again")
+    return LoraConfig(**{name: given[name] for name in _LORA}, bias="none")
+
+
 # %% ../nbs/06_embedder.ipynb #359a5066
 @method_of(DiscriminativeLVLM)
 @classmethod
@@ -455,7 +492,7 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
     folder = find_model(folder)
     if not (folder / CONFIG_NAME).exists():
         return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = adapter_config(folder)
     name = str(base or config["base"])
     self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
     if weights_hash(self.model) != config["base_sha256"]:
@@ -471,10 +508,18 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         return check_finite(load_file(folder / name), folder)
 
     if config["lora"]:
-        self.lora = LoraConfig.from_pretrained(folder)
-        inject_adapter_in_model(self.lora, self.model)
-        fold_small_layers(self.model)
-        set_peft_model_state_dict(self.model, read("adapter_model.safetensors"), adapter_name="default")
+        self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
+        try:
+            inject_adapter_in_model(self.lora, self.model)
+            fold_small_layers(self.model)
+            loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
+        except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
+            raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None
+        if strange := [*(k for k in loaded.missing_keys if "lora_" in k), *loaded.unexpected_keys]:
+            raise InputError(f"{folder}: not a model that can embed: tensor {strange[0]} of its adapter is missing or has no place in the base; save it again")
     if config["soft_prompts"]:
-        self.soft_prompts = SoftPrompts(**read("soft_prompts.safetensors"))
+        vectors, width = read("soft_prompts.safetensors"), self.model.get_input_embeddings().embedding_dim
+        if set(vectors) != {"image", "text"} or any(v.ndim != 2 or v.shape[1] != width for v in vectors.values()):
+            raise InputError(f"{folder}: not a model that can embed: soft_prompts.safetensors must hold image and text, each tokens x {width}; save it again")
+        self.soft_prompts = SoftPrompts(**vectors)
     return self.requires_grad_(False).eval()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,15 @@ from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, write_beside
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
-from .families import check_finite, check_weights, read_config
+from .families import check_complete, check_finite, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
 from .public_benchmarks import YesNo, text_only_scores
+from .reading import npz_arrays
 
 # %% auto #0
-__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows',
-           'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'collapsed',
+           'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -53,9 +55,10 @@ class ClipEmbedder:
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
         check_weights(folder)
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model, loading = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        check_complete(loading, folder)
         check_finite(model.state_dict(), folder)
-        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
 
     @torch.inference_mode()
     def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
@@ -156,12 +159,20 @@ def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = Fal
     return scores
 
 
+def collapsed(embeddings: torch.Tensor, distance: float = 0.01) -> bool:
+    "Whether different inputs all have the same embedding `(N, D)`: none is further than this from the first."
+    return len(embeddings) > 1 and bool((embeddings - embeddings[0]).norm(dim=-1).max() < distance)
+
+
 def _score_embedded(embedder: Embedder, suite: list[Benchmark], progress: bool) -> Scores:
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
     image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
-        raise ValueError("the model returned NaN or infinite embeddings: nothing can be scored")
+        raise InputError("the model returned NaN or infinite embeddings, so nothing can be scored; fetch or train its weights again")
+    for what, embeddings in (("pictures", image), ("texts", text)):
+        if collapsed(embeddings):
+            warnings.warn(f"collapsed: the embeddings of all {len(embeddings):,} {what} are alike, so every score is chance")
     scores: Scores = {}
     for bench, i, t in zip(suite, image_rows, text_rows):
         scores[bench.name] = scores.get(bench.name, []) + bench.score(image[i], text[t])
@@ -281,5 +292,5 @@ def save_scores(scores: Scores, file: str | Path) -> Path:
 
 def load_scores(file: str | Path) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray | None]]:
     "(benchmark, subset, metric) -> per-item values and their groups."
-    with np.load(file) as arrays:
+    with npz_arrays(file) as arrays:
         return {tuple(key.split("|")): (arrays[key], arrays[f"{key}|groups"] if f"{key}|groups" in arrays else None) for key in arrays if key.count("|") == 2}

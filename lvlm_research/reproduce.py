@@ -23,14 +23,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
+from .config import InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, visible, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH', 'RESULTS_VERSION', 'INTRO', 'Stage', 'stages',
-           'stage_of', 'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure',
-           'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake', 'exclusive',
-           'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html',
-           'report_html', 'report_sections', 'write_report']
+__all__ = ['TRAINED', 'EVALUATED', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage',
+           'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters', 'check_parameters',
+           'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage', 'has_snakemake',
+           'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html',
+           'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def _owner(profile: str) -> dict:
 def _mark(folder: Path) -> dict:
     "Whose results folder it is."
     try:
-        return dict(json.loads((folder / "profile.json").read_text()))
-    except (ValueError, TypeError):
+        return read_object(folder / "profile.json")
+    except InputError:
         raise InputError(f"{folder / 'profile.json'}: not readable; remove the results folder and reproduce again") from None
 
 
@@ -298,6 +298,13 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
+def _beside(folder: Path, stage: Stage) -> dict[str, str]:
+    "Hashes of what lies in the model folders that a stage wrote, besides the files that it declares: config, tokenizer, weights."
+    places = sorted({(folder / name).parent for name in stage.writes if name.endswith("card.json")})
+    files = [p for place in places for p in sorted(place.rglob("*")) if p.is_file()]
+    return {name: sha256(folder / name) for p in files if (name := p.relative_to(folder).as_posix()) not in stage.writes}
+
+
 def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None = None, from_scratch: bool = False) -> dict:
     "Run one stage and return its status; raises InputError with one line if the notebook failed."
     folder, notebook = results_folder(profile, results).resolve(), notebook_path(stage.notebook)
@@ -322,12 +329,13 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
         write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
         raise InputError(f"stage {stage.name} failed: {status['error']}; the executed notebook with the error is {log}") from error
     status |= {"state": "ok", "seconds": round(time.perf_counter() - before, 1), "reads": {r: sha256(folder / r) for r in stage.reads},
-               "writes": {w: sha256(folder / w) for w in stage.writes}}
+               "writes": {w: sha256(folder / w) for w in stage.writes}, "beside": _beside(folder, stage)}
     write_text(folder / "status" / f"{stage.name}.json", json.dumps(status, indent=1) + "\n")
     return status
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
 IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
+SPACE = {"micro": 2e8, "mini": 5e8, "small": 1e9}  # bytes: the cpu profile leaves 35 MB, its trainings keep states while they run
 
 
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
@@ -363,17 +371,15 @@ def exclusive(folder: Path) -> Iterator[None]:
 def is_current(stage: Stage, folder: Path) -> bool:
     "Has the stage run with this code, these parameters and these inputs, and is all it wrote still there?"
     try:
-        status = json.loads((folder / "status" / f"{stage.name}.json").read_text())
-    except (OSError, ValueError):
-        return False
-    hashes = status.get("reads", {}) | status.get("writes", {})
-    try:
+        status = read_object(folder / "status" / f"{stage.name}.json")
+        hashes = {**status.get("reads", {}), **status.get("writes", {})}
+        beside = {**status.get("beside", {})}
         for name in stage.writes:
             check_card((folder / name).parent)
-    except InputError:  # a card is there, the weights that it names are not
+    except (InputError, TypeError):  # no status, or an edited one; or a card is there, the weights that it names are not
         return False
     return (status.get("state") == "ok" and status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
-            and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
+            and all((folder / name).is_file() and sha256(folder / name) == value for name, value in (beside | hashes).items()))
 
 
 def run_graph(
@@ -389,6 +395,7 @@ def run_graph(
     needed_for(only or "report", stages(profile))
     if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
         raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
+    check_space(results or root() / "results", int(SPACE[profile_of(profile).size]), f"a run of profile {profile_of(profile).name}")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
         if fresh:
@@ -436,8 +443,10 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
-    status = [json.loads(p.read_text()) for p in sorted((results / "status").glob("*.json"))]
-    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    status = {p.stem: read_object(p) for p in sorted((results / "status").glob("*.json"))}
+    for entry in status.values():
+        entry.pop("stage", None)
+    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": status}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """
@@ -461,7 +470,7 @@ def join_intervals(header: list[str], rows: list[list[str]]) -> tuple[list[str],
 
 def _table(name: str, header: list[str], rows: Iterable[list[str]]) -> str:
     "A table of class `name` that scrolls where the page is narrow."
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(visible(cell))}</{tag}>" for cell in row) + "</tr>"
     return f"<div class=scroll><table class={html.escape(name)}><thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table></div>"
 
 
@@ -505,7 +514,8 @@ def plain_table_html(csv_path: Path, columns: list[str]) -> str:
 def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]) -> str:
     "The page; a section is (heading, note, ready html)."
     parts = [f"<h2>{html.escape(h)}</h2><p class=note>{html.escape(note)}</p>{content}" for h, note, content in sections]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    rules = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    head = f"<meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"{rules}\"><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(parts)}</body></html>\n"
 
 # %% ../nbs/15_reproduce.ipynb #b3183e1d
@@ -515,10 +525,10 @@ INTRO = "Profile {profile}: procedural scenes and micro models trained here. The
 def _missing(results: Path, stage: str) -> str:
     "A line for an item that this run has not made."
     try:
-        status = json.loads((results / "status" / f"{stage}.json").read_text())
-    except (OSError, ValueError):
+        status = read_object(results / "status" / f"{stage}.json")
+    except InputError:
         status = {}
-    reason = status.get("error") or "something that it needs was not made, see the notebooks with an error in this results folder"
+    reason = visible(str(status.get("error") or "")) or "something that it needs was not made, see the notebooks with an error in this results folder"
     return f"<p class=missing>missing: {html.escape(reason)}</p>"
 
 
