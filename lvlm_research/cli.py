@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top", type=_positive, default=10)
     sub.add_argument("--csv", default="", metavar="FILE", help="also write the hits as CSV")
     sub.add_argument("--model", default="", help="the model, if it has moved since")
-    sub.add_argument("--engine", default="auto", choices=("auto", "torch", "faiss"), help="auto takes faiss where it is installed")
+    sub.add_argument("--engine", default="torch", choices=("torch", "faiss"), help="torch is exact; faiss is for millions of rows that are searched often")
     sub = verb("doctor", run_doctor, "say what a model folder is, what it needs, and whether it can be an embedder")
     sub.add_argument("model", help="folder of a CLIP, a SigLIP, an LVLM or a trained adapter")
     sub.add_argument("--batch", type=int, default=32, help="pairs in a batch, of which the memory is estimated")

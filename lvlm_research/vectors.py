@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -147,23 +146,24 @@ def _embedded(embedder: Encodes, shards: Iterable[tuple[int, list[Row]]], dtype:
             rows_in[shard] = rows
             yield from _tasks(shard, rows, batch_size)
 
-    prepared = ahead(lambda task: _prepare(embedder, task, skip_broken), tasks())
-    for shard, parts in itertools.groupby(prepared, key=lambda p: p.task.shard):
-        found = {}
-        for p in parts:
-            for fault in p.faults:
-                warnings.warn(f"left out: {fault}")
-            if p.kept:
-                states = shortened(embedder.read_out(p.batch, p.task.kind), truncate_dim=truncate_dim).cpu().numpy().astype(DTYPES[dtype])
-                found |= {row: state for state, number in zip(states, p.kept) for row in p.task.of[number]}
-            bar.update(sum(map(len, p.task.of)))
-        rows = rows_in.pop(shard)
-        if found:
-            yield shard, _table([rows[n] for n in sorted(found)], np.stack([found[n] for n in sorted(found)]))
+    found, done = {}, 0
+    for p in ahead(lambda task: _prepare(embedder, task, skip_broken), tasks()):
+        for fault in p.faults:
+            warnings.warn(f"left out: {fault}")
+        if p.kept:
+            states = shortened(embedder.read_out(p.batch, p.task.kind), truncate_dim=truncate_dim).cpu().numpy().astype(DTYPES[dtype])
+            found |= {row: state for state, number in zip(states, p.kept) for row in p.task.of[number]}
+        done += sum(map(len, p.task.of))
+        bar.update(sum(map(len, p.task.of)))
+        if done == len(rows_in[p.task.shard]):
+            rows = rows_in.pop(p.task.shard)
+            if found:
+                yield p.task.shard, _table([rows[n] for n in sorted(found)], np.stack([found[n] for n in sorted(found)]))
+            found, done = {}, 0
 
 # %% ../nbs/12b_vectors.ipynb #617156b4
 FORMAT = 1  # raised when a file of before can no longer be read
-SAME = {"weights": "model", "prompt": "prompt", "records": "data", "kind": "kind", "dtype": "dtype", "truncate_dim": "truncate_dim", "shard": "shard", "format": "format"}  # what must agree -> what is named
+SAME = {"weights": "model", "prompt": "prompt", "kind": "kind", "dtype": "dtype", "truncate_dim": "truncate_dim", "shard": "shard", "records": "data", "format": "format"}  # what must agree -> what is named
 
 
 def _survey(records: Dataset, root: str, kind: str, embedder: Encodes) -> dict:
@@ -348,6 +348,11 @@ class Vectors:
             if len(chosen):
                 yield start + chosen, vectors[chosen].astype(np.float32)
 
+    def numbers(self, kind: str) -> np.ndarray:
+        "Numbers of all rows of a kind."
+        kinds = np.concatenate([self._read(piece, ["kind"])["kind"].to_numpy() for piece in range(len(self.pieces))])
+        return np.flatnonzero(kinds == kind)
+
     def rows(self, numbers: Iterable[int]) -> list[dict]:
         "id, kind, caption and text of rows, by number."
         numbers, found = list(numbers), {}
@@ -363,34 +368,39 @@ Blocks = Iterable[tuple[np.ndarray, np.ndarray]]  # numbers (n,) and vectors (n,
 
 
 def nearest(queries: torch.Tensor, blocks: Blocks, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Scores and numbers `(Q, k)` of the best rows for unit queries `(Q, D)`, best first, of equal ones the first; fewer if there are not so many."
+    "Scores and numbers `(Q, k)` of the best rows for unit queries `(Q, D)`, best first, equal ones in their order; fewer if there are not so many."
     scores, numbers = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long)
     for rows, vectors in blocks:
-        scores = torch.cat([scores, queries @ torch.from_numpy(vectors).T], 1)
-        numbers = torch.cat([numbers, torch.from_numpy(rows).expand(len(queries), -1)], 1)
-        best = scores.sort(1, descending=True, stable=True).indices[:, :k]
+        found = queries @ torch.from_numpy(vectors).T
+        chosen = found.topk(min(k, len(rows))).indices.sort(dim=1).values
+        scores, numbers = torch.cat([scores, found.gather(1, chosen)], 1), torch.cat([numbers, torch.from_numpy(rows)[chosen]], 1)
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         scores, numbers = scores.gather(1, best), numbers.gather(1, best)
     return scores, numbers
 
 
-def nearest_faiss(queries: torch.Tensor, blocks: Blocks, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "The same by faiss, which holds all rows; the order of equal ones is its own."
+# %% ../nbs/12b_vectors.ipynb #579098ce
+def _graph(vectors: Vectors, kind: str):
+    "faiss' graph over the rows of a kind."
     import faiss
 
-    index, numbers = faiss.IndexFlatIP(queries.shape[1]), []
-    for rows, vectors in blocks:
-        index.add(np.ascontiguousarray(vectors))
-        numbers.append(rows)
-    scores, found = index.search(queries.numpy(), min(k, index.ntotal))
-    return torch.from_numpy(scores), torch.from_numpy(np.concatenate(numbers)[found])
+    state = hashlib.sha256(json.dumps(vectors.card, sort_keys=True).encode()).hexdigest()[:12]
+    file = vectors.path / f".{kind}-{state}.faiss" if vectors.path.is_dir() else vectors.path.with_name(f".{vectors.path.name}-{kind}-{state}.faiss")
+    if not file.is_file():
+        graph = faiss.IndexHNSWFlat(vectors.card["dimensions"], 32, faiss.METRIC_INNER_PRODUCT)
+        for _, block in vectors.blocks(kind):
+            graph.add(np.ascontiguousarray(block))
+        with write_beside(file) as part:
+            faiss.write_index(graph, str(part))
+    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
 
 
-def _engine(name: str):
-    "torch or faiss, by name; auto takes faiss where it is installed."
-    there = find_spec("faiss") is not None
-    if name == "faiss" and not there:
-        raise InputError("faiss is not installed: pip install 'lvlm-research[search]' (worth it for thousands of questions at once), or leave --engine out")
-    return nearest_faiss if there and name != "torch" else nearest
+def nearest_faiss(queries: torch.Tensor, vectors: Vectors, kind: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "`nearest`, nearly, without reading all rows."
+    graph = _graph(vectors, kind)
+    graph.hnsw.efSearch = max(64, 2 * k)
+    scores, found = graph.search(queries.numpy(), min(k, graph.ntotal))
+    return torch.from_numpy(scores), torch.from_numpy(vectors.numbers(kind)[found])
 
 # %% ../nbs/12b_vectors.ipynb #a716d9af
 def _is_picture(query: Picture) -> bool:
@@ -410,10 +420,12 @@ def search(
     kind: str = "",  # of the rows to search: image or text; empty for pictures, where there are any
     top: int = 10,
     model: str | Path = "",  # if it has moved since
-    engine: str = "auto",  # torch, faiss, or auto: faiss where it is installed
+    engine: str = "torch",  # exact; faiss: approximate, from a graph that is kept beside the vectors
 ) -> pd.DataFrame:
     "The best rows for every query: query, rank, score, id, kind, caption, text; InputError if the index is of another model."
-    pictures, best, vectors = [_is_picture(q) for q in queries], _engine(engine), Vectors(index)
+    if engine == "faiss" and find_spec("faiss") is None:
+        raise InputError("faiss is not installed: pip install 'lvlm-research[search]' (worth it for millions of rows that are searched often), or leave --engine out")
+    pictures, vectors = [_is_picture(query) for query in queries], Vectors(index)
     card, folder = vectors.card, model or vectors.card["model"]
     kind = kind or ("image" if card["images"] else "text")
     if not card["images" if kind == "image" else "texts"]:
@@ -422,7 +434,8 @@ def search(
         raise InputError(f"{index}: was not made with {folder}; embed again with this model, or search with the one that made it")
     embedder = load_embedder(folder, Prompt(**card["prompt"]) if card["prompt"] else SUMMARY)
     states = [(embedder.encode_image if picture else embedder.encode_text)(query, truncate_dim=card["truncate_dim"]) for query, picture in zip(queries, pictures)]
-    scores, numbers = best(torch.stack(states), vectors.blocks(kind), top)
+    asked = torch.stack(states)
+    scores, numbers = nearest_faiss(asked, vectors, kind, top) if engine == "faiss" else nearest(asked, vectors.blocks(kind), top)
     rows = iter(vectors.rows(numbers.flatten().tolist()))
     found = [{"query": str(query), "rank": rank, "score": round(score, 4), **next(rows)} for query, line in zip(queries, scores.tolist()) for rank, score in enumerate(line, 1)]
     return pd.DataFrame(found).astype({"caption": "Int64"})
