@@ -406,10 +406,13 @@ def recognise(path: Path) -> tuple[Callable, list[Path]]:
             return read_captions_folder, [path]
         if shards := sorted(path.glob("*.tar")):
             return read_tar, shards
-        if any(p.suffix[1:].lower() in PICTURES for p in path.rglob("*")):
+        has_pictures = lambda pattern: any(p.suffix[1:].lower() in PICTURES for p in path.glob(pattern))
+        if has_pictures("*") or has_pictures("*/*"):
             return read_files, [path]
         if shards := sorted(path.glob("*.parquet")):
             return read_parquet, shards
+        if has_pictures("**/*"):
+            return read_files, [path]
     elif not path.is_file():
         raise InputError(f"{path}: no such file or folder; give the path of training data")
     elif not path.stat().st_size:

@@ -31,8 +31,8 @@ from .formats import CAPTION_FIELDS, PICTURES, picture_bytes, read_records
 from .prompts import SUMMARY, Prompt
 
 # %% auto #0
-__all__ = ['KINDS', 'SHARD', 'DTYPES', 'FORMAT', 'SAME', 'Blocks', 'Row', 'rows_of', 'Task', 'Prepared', 'embed_data', 'Vectors',
-           'nearest', 'nearest_faiss', 'search']
+__all__ = ['KINDS', 'SHARD', 'DTYPES', 'FORMAT', 'SAME', 'FILES', 'Blocks', 'Row', 'rows_of', 'Task', 'Prepared', 'embed_data',
+           'Vectors', 'nearest', 'nearest_faiss', 'search']
 
 # %% ../nbs/12b_vectors.ipynb #978f1d29
 KINDS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
@@ -181,9 +181,21 @@ def _prompt_of(embedder: Encodes) -> dict | None:
     return asdict(embedder.templates.prompt) if hasattr(embedder, "templates") else None
 
 
+FILES = (".parquet", ".npy")
+
+
 def _card_of(out: Path) -> Path:
     "The JSON that says what embeddings are of."
-    return out.with_name(f"{out.name}.json") if out.suffix in (".parquet", ".npy") else out / "index.json"
+    return out.with_name(f"{out.name}.json") if out.suffix in FILES else out / "index.json"
+
+
+def _folder_of(out: Path) -> Path:
+    "Where the shards go."
+    return out.with_name(f".{out.name}.parts") if out.suffix in FILES else out
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.parquet"), key=lambda file: int(file.stem))
 
 
 def _read_card(file: Path) -> dict:
@@ -205,17 +217,18 @@ def _check_same(place: Path, found: dict, wanted: dict) -> None:
 
 def _check_place(out: Path) -> None:
     "InputError for a place that cannot be written, or holds something else."
-    if out.suffix not in ("", ".parquet", ".npy") and not out.is_dir():
+    if (out.suffix in FILES) == out.is_dir() and out.suffix:
         raise InputError(f"{out}: give a folder, or a file .parquet or .npy")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"{out}: cannot be written; give a place in an existing folder")
-    if not _card_of(out).is_file() and out.exists() and (out.is_file() or any(out.iterdir())):
+    ours = _card_of(out).is_file() or _card_of(_folder_of(out)).is_file()
+    if not ours and out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out}: is there already, and not written by lvlm-research embed; give another place, or remove it")
 
 # %% ../nbs/12b_vectors.ipynb #3dbf2351
 def _join(shards: list[Path], out: Path, dimensions: int, dtype: str) -> None:
     "One file of many shards; a row group, or a stretch of the matrix, is a shard."
-    rows = out if out.suffix == ".parquet" else out.with_name(f"{out.name}.rows.parquet")
+    rows = out if out.suffix == FILES[0] else out.with_name(f"{out.name}.rows.parquet")
     names = [f.name for f in _schema(1, dtype) if rows == out or f.name != "embedding"]
     with write_beside(rows) as part, pq.ParquetWriter(part, pq.read_schema(shards[0]) if rows == out else pa.schema([_schema(1, dtype).field(n) for n in names]), use_dictionary=["kind"]) as writer:
         for shard in shards:
@@ -263,13 +276,13 @@ def embed_data(
             "kind": kind, "dtype": dtype, "truncate_dim": truncate_dim, "shard": shard, **survey, "complete": False}
     if not survey["rows"]:
         raise InputError(f"{data}: holds no {'captions' if kind == 'text' else 'pictures'} to embed")
-    folder = out if _card_of(out).parent == out else out.with_name(f".{out.name}.parts")
+    folder = _folder_of(out)
     for place in dict.fromkeys((out, folder)):
         if _card_of(place).is_file():
             found = _read_card(_card_of(place))
             _check_same(place, found, card)
             if found["complete"]:
-                return found
+                return _tidied(found, folder, out)
     if survey["cut"]:
         warnings.warn(f"{survey['cut']:,} captions are longer than the model can read, and are cut to its context")
     _write_shards(embedder, records, card, folder, batch_size, skip_broken, progress)
@@ -278,7 +291,7 @@ def embed_data(
 
 def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
     "The shards that are not there yet."
-    there = sorted(folder.glob("[0-9]*.parquet"))
+    there = _shards_in(folder)
     first = int(there[-1].stem) + 1 if there else 0
     blocks = _unpacked(records, first * card["shard"], card["shard"])
     shards = ((number, list(rows_of(block, card["root"], card["kind"]))) for number, block in enumerate(blocks, first))
@@ -292,7 +305,7 @@ def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path,
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:
     "Join the shards if one file is wanted, and complete the JSON."
-    shards = sorted(folder.glob("[0-9]*.parquet"))
+    shards = _shards_in(folder)
     if not shards:
         raise InputError(f"{card['data']}: none of its {card['rows']:,} pictures can be read")
     kinds = [kind for shard in shards for kind in pq.read_table(shard, columns=["kind"])["kind"].to_pylist()]
@@ -301,9 +314,14 @@ def _finish(card: dict, folder: Path, out: Path) -> dict:
     if out != folder:
         _join(shards, out, dimensions, card["dtype"])
     write_text(_card_of(out), json.dumps(card, indent=1) + "\n")
+    return _tidied(card, folder, out)
+
+
+def _tidied(card: dict, folder: Path, out: Path) -> dict:
+    "The card; what a finished run, or one that was killed while it wrote, need not leave is gone."
     if out != folder:
-        shutil.rmtree(folder)
-    for torn in out.glob(".*.part*"):  # of a run that was killed while it wrote
+        shutil.rmtree(folder, ignore_errors=True)
+    for torn in out.glob(".*.part*"):
         torn.unlink()
     return card
 
@@ -320,8 +338,8 @@ class Vectors:
         self.card = _read_card(_card_of(self.path))
         if not self.card["complete"]:
             raise InputError(f"{path}: is not finished; the same embed command goes on where it stopped")
-        self.is_matrix = self.path.suffix == ".npy"
-        files = [self.path.with_name(f"{self.path.name}.rows.parquet")] if self.is_matrix else sorted(self.path.glob("[0-9]*.parquet")) if self.path.is_dir() else [self.path]
+        self.is_matrix = self.path.suffix == FILES[1]
+        files = [self.path.with_name(f"{self.path.name}.rows.parquet")] if self.is_matrix else _shards_in(self.path) if self.path.is_dir() else [self.path]
         try:
             described = [(file, pq.read_metadata(file)) for file in files]
             self.pieces = [(file, group) for file, found in described for group in range(found.num_row_groups)]
@@ -396,11 +414,11 @@ def _graph(vectors: Vectors, kind: str):
 
 
 def nearest_faiss(queries: torch.Tensor, vectors: Vectors, kind: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "`nearest`, nearly, without reading all rows."
+    "`nearest`, nearly, without reading all rows; number -1 where the graph finds fewer."
     graph = _graph(vectors, kind)
     graph.hnsw.efSearch = max(64, 2 * k)
     scores, found = graph.search(queries.numpy(), min(k, graph.ntotal))
-    return torch.from_numpy(scores), torch.from_numpy(vectors.numbers(kind)[found])
+    return torch.from_numpy(scores), torch.from_numpy(np.where(found < 0, -1, vectors.numbers(kind)[found]))
 
 # %% ../nbs/12b_vectors.ipynb #a716d9af
 def _is_picture(query: Picture) -> bool:
@@ -436,6 +454,7 @@ def search(
     states = [(embedder.encode_image if picture else embedder.encode_text)(query, truncate_dim=card["truncate_dim"]) for query, picture in zip(queries, pictures)]
     asked = torch.stack(states)
     scores, numbers = nearest_faiss(asked, vectors, kind, top) if engine == "faiss" else nearest(asked, vectors.blocks(kind), top)
-    rows = iter(vectors.rows(numbers.flatten().tolist()))
-    found = [{"query": str(query), "rank": rank, "score": round(score, 4), **next(rows)} for query, line in zip(queries, scores.tolist()) for rank, score in enumerate(line, 1)]
+    hits = [(str(query), rank, round(score, 4), number) for query, *line in zip(queries, scores.tolist(), numbers.tolist()) for rank, (score, number) in enumerate(zip(*line), 1) if number >= 0]
+    rows = vectors.rows(number for *_, number in hits)
+    found = [{"query": query, "rank": rank, "score": score, **row} for (query, rank, score, _), row in zip(hits, rows)]
     return pd.DataFrame(found).astype({"caption": "Int64"})

@@ -373,8 +373,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(out, scenes, tmp_path
         kill_when(process, shards / "00002.parquet")
     (shards / ".00003.part1.parquet").write_bytes(b"torn")  # what a kill while writing leaves
     assert not (tmp_path / "killed" / out).is_file()
+    if out != "shards":
+        (tmp_path / "killed" / out).write_bytes(b"joined by a run that was killed before it wrote the JSON")
     kept = {p.name: p.stat().st_mtime_ns for p in shards.glob("[0-9]*.parquet")}
-    with pytest.raises(InputError, match="not finished|no such file"):
+    with pytest.raises(InputError, match="is not finished|not written by"):
         Vectors(tmp_path / "killed" / out)
     card = embed_data(ADAPTER, data, tmp_path / "killed" / out, shard=4)
     assert 3 <= len(kept) < 50 and card["images"] == 200
@@ -436,9 +438,10 @@ def test_a_broken_picture_stops_the_run_or_is_left_out(scenes, tmp_path):
     assert not (tmp_path / "z").exists()
 
 
-@pytest.mark.parametrize("out, says", [("none/x.parquet", "cannot be written"), ("x.csv", "give a folder, or a file .parquet or .npy"), ("data", "not written by lvlm-research embed"), ("data/0.png", "give a folder")])
+@pytest.mark.parametrize("out, says", [("none/x.parquet", "cannot be written"), ("x.csv", "give a folder, or a file .parquet or .npy"), ("data", "not written by lvlm-research embed"), ("data/0.png", "give a folder"), ("folder.npy", "give a folder")])
 def test_places_that_are_no_place(out, says, scenes, tmp_path):
     data = as_folder(tmp_path / "data", scenes[:2])
+    (tmp_path / "folder.npy").mkdir()
     before = read(tmp_path)
     with pytest.raises(InputError, match=says):
         embed_data(CLIP, data, tmp_path / out)
