@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -201,10 +202,12 @@ def _shards_in(folder: Path) -> list[Path]:
 def _read_card(file: Path) -> dict:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
-        assert card["format"] == FORMAT and {*SAME, "model", "data", "root", "complete"} <= set(card)
-        return card
-    except Exception:
-        raise InputError(f"{file}: not written by lvlm-research embed of this version; embed again into another place") from None
+        whole = card["format"] == FORMAT and {*SAME, "model", "data", "root", "complete"} <= set(card)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{file}: not written by lvlm-research embed of this version; embed again into another place")
+    return card
 
 
 def _check_same(place: Path, found: dict, wanted: dict) -> None:
@@ -217,7 +220,7 @@ def _check_same(place: Path, found: dict, wanted: dict) -> None:
 
 def _check_place(out: Path) -> None:
     "InputError for a place that cannot be written, or holds something else."
-    if (out.suffix in FILES) == out.is_dir() and out.suffix:
+    if (out.suffix in FILES) == out.is_dir() and out.suffix:  # a folder named like a file, or a file of another kind
         raise InputError(f"{out}: give a folder, or a file .parquet or .npy")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"{out}: cannot be written; give a place in an existing folder")
@@ -281,7 +284,7 @@ def embed_data(
         if _card_of(place).is_file():
             found = _read_card(_card_of(place))
             _check_same(place, found, card)
-            if found["complete"]:
+            if found["complete"] and out.exists():
                 return _tidied(found, folder, out)
     if survey["cut"]:
         warnings.warn(f"{survey['cut']:,} captions are longer than the model can read, and are cut to its context")
@@ -308,9 +311,11 @@ def _finish(card: dict, folder: Path, out: Path) -> dict:
     shards = _shards_in(folder)
     if not shards:
         raise InputError(f"{card['data']}: none of its {card['rows']:,} pictures can be read")
-    kinds = [kind for shard in shards for kind in pq.read_table(shard, columns=["kind"])["kind"].to_pylist()]
+    kinds = Counter()
+    for shard in shards:
+        kinds.update(pq.read_table(shard, columns=["kind"])["kind"].to_pylist())
     dimensions = pq.read_schema(shards[0]).field("embedding").type.list_size
-    card |= {"dimensions": dimensions, "images": kinds.count("image"), "texts": kinds.count("text"), "left_out": card["rows"] - len(kinds), "complete": True}
+    card |= {"dimensions": dimensions, "images": kinds["image"], "texts": kinds["text"], "left_out": card["rows"] - kinds.total(), "complete": True}
     if out != folder:
         _join(shards, out, dimensions, card["dtype"])
     write_text(_card_of(out), json.dumps(card, indent=1) + "\n")
@@ -345,9 +350,11 @@ class Vectors:
             self.pieces = [(file, group) for file, found in described for group in range(found.num_row_groups)]
             self.starts = np.cumsum([0] + [found.row_group(group).num_rows for _, found in described for group in range(found.num_row_groups)])
             self.matrix = np.load(self.path, mmap_mode="r") if self.is_matrix else None
-            assert len(self) == self.card["images"] + self.card["texts"] and (not self.is_matrix or self.matrix.shape == (len(self), self.card["dimensions"]))
-        except Exception:
-            raise InputError(f"{path}: not whole, or not written by lvlm-research embed; embed again") from None
+            whole = len(self) == self.card["images"] + self.card["texts"] and (not self.is_matrix or self.matrix.shape == (len(self), self.card["dimensions"]))
+        except (OSError, ValueError, pa.ArrowException):  # what numpy and pyarrow make of damaged files
+            whole = False
+        if not whole:
+            raise InputError(f"{path}: not whole, or not written by lvlm-research embed; embed again")
 
     def __len__(self) -> int:
         return int(self.starts[-1])

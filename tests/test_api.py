@@ -390,6 +390,11 @@ def test_what_is_finished_is_not_made_again(scenes, tmp_path):
     first = embed_data(CLIP, data, tmp_path / "x")
     written = (tmp_path / "x/00000.parquet").stat().st_mtime_ns
     assert embed_data(CLIP, data, tmp_path / "x") == first and (tmp_path / "x/00000.parquet").stat().st_mtime_ns == written
+    embed_data(CLIP, data, tmp_path / "y.parquet")
+    whole = read(tmp_path)
+    (tmp_path / "y.parquet").unlink()  # its JSON alone is no index
+    embed_data(CLIP, data, tmp_path / "y.parquet")
+    assert read(tmp_path) == whole
 
 
 @pytest.mark.parametrize("out", ["x", "x.parquet"])
