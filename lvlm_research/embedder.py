@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import warnings
 from collections import deque
@@ -37,7 +36,7 @@ from .prompts import SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates',
-           'open_image', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FoldedLinear',
+           'open_image', 'name_of', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FoldedLinear',
            'fold_small_layers', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'read_out', 'embed',
            'embed_and_predict', 'prepared', 'count_cut', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood',
            'weights_hash', 'save_pretrained', 'loading', 'from_pretrained']
@@ -198,9 +197,14 @@ def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def opened(images: Iterable[Picture], places: Iterable[int] | None = None) -> list[Image.Image]:
-    "Pictures of a list, opened; in errors, one that has no path is named by its place (0, 1, 2 ... unless given)."
-    return [open_image(i, "" if isinstance(i, (str, Path)) else f"picture {n}") for n, i in zip(itertools.count() if places is None else places, images)]
+def name_of(picture: Picture, place: int) -> str:
+    "What a picture of a list is called in errors: its path, or its place."
+    return str(picture) if isinstance(picture, (str, Path)) else f"picture {place}"
+
+
+def opened(images: Iterable[Picture]) -> list[Image.Image]:
+    "Pictures of a list, opened."
+    return [open_image(image, name_of(image, place)) for place, image in enumerate(images)]
 
 # %% ../nbs/06_embedder.ipynb #d7207da4
 def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator:
@@ -267,6 +271,18 @@ class Encodes:
         "What the model reads of opened pictures (`image`) or captions (`text`)."
         raise NotImplementedError
 
+    def laid_out(self, pictures: list[Image.Image], names: list[str]):
+        "`prepared` pictures; InputError names the one that the model's processor refuses."
+        try:
+            return self.prepared(pictures, "image")
+        except ValueError:
+            for picture, name in zip(pictures, names):
+                try:
+                    self.prepared([picture], "image")
+                except ValueError as error:
+                    raise InputError(f"{name}: this model cannot read a picture of {picture.width} x {picture.height} pixels ({' '.join(str(error).split())[:120]})") from None
+            raise
+
     def read_out(self, batch, modality: str) -> torch.Tensor:
         "States `(B, D)`, not normalised, in float32."
         raise NotImplementedError
@@ -280,10 +296,10 @@ class Encodes:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
         alone = isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
         pictures, back = distinct([images] if alone else images)
-        placed = list(zip(pictures, np.unique(back, return_index=True)[1]))
-        prepare = lambda batch: self.prepared(opened(*zip(*batch)), "image")
+        named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
+        prepare = lambda batch: self.laid_out([open_image(picture, name) for picture, name in batch], [name for _, name in batch])
         encode = lambda batch: shortened(self.read_out(batch, "image"), normalize, truncate_dim)
-        found = in_batches(placed, batch_size, encode, progress=progress, prepare=prepare)
+        found = in_batches(named, batch_size, encode, progress=progress, prepare=prepare)
         return found[0] if alone else found[torch.as_tensor(back)]
 
     @torch.inference_mode()

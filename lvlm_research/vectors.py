@@ -123,7 +123,8 @@ def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
             if not skip_broken:
                 raise
             faults.append(str(error))
-    return Prepared(task, embedder.prepared(list(pictures.values()), "image") if pictures else None, list(pictures), faults)
+    batch = embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None
+    return Prepared(task, batch, list(pictures), faults)
 
 
 def _schema(dimensions: int, dtype: str) -> pa.Schema:

@@ -19,16 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.requirements import Requirement
 from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
 from lvlm_research.embedder import DiscriminativeLVLM, ahead, open_image
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
-from packaging.requirements import Requirement
+from lvlm_research.zoo import micro_family
 from test_faults import kill_when
 from test_formats import write_huggingface_parquet, write_llava, write_webdataset
 
@@ -215,6 +217,15 @@ def test_pictures_of_few_pixels_have_an_embedding_in_every_shape(embedder):
     red = embedder.encode_image([Image.new("RGB", size, "red") for size in sizes])
     blue = embedder.encode_image([Image.new("RGB", size, "blue") for size in sizes])
     assert torch.isfinite(red).all() and ((red * blue).sum(-1) < 0.999).all()
+
+
+def test_a_picture_that_only_this_family_refuses_is_named(scenes, tmp_path):
+    torch.manual_seed(0)
+    for part in micro_family("pixtral", world_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (4, 800)).save(tmp_path / "thread.png")
+    with pytest.raises(InputError, match=r"thread.png: this model cannot read a picture of 4 x 800 pixels \("):
+        DiscriminativeLVLM.from_pretrained(tmp_path / "model").encode_image([scenes[0][0], tmp_path / "thread.png"])
 
 
 def test_reading_pictures_leaves_the_warning_filters_alone(scenes):
