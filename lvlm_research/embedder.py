@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -26,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .backbones import PREFIX_ATTENTION, language_head, trunk_states
+from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
 from .config import InputError, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .levers import Levers, common_prefix, lean_states, length_groups
@@ -34,11 +38,12 @@ from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers',
-           'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'distinct', 'embed', 'embed_and_predict',
-           'in_order', 'open_image', 'opened', 'in_batches', 'encode_image', 'encode_text', 'tried', 'generate',
-           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'adapter_config', 'lora_config',
-           'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate',
+           'Templates', 'open_image', 'name_of', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes',
+           'FoldedLinear', 'fold_small_layers', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
+           'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'count_cut', 'tried',
+           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'adapter_config',
+           'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -107,8 +112,8 @@ def collate(
 class Templates:
     "Token ids around the content, for one processor and one pair of prompts."
 
-    def __init__(self, processor, prompt: Prompt):
-        self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
+    def __init__(self, processor, prompt: Prompt, context: int = 2**31):  # context: tokens that the model reads
+        self.processor, self.tokenizer, self.prompt, self.context = processor, processor.tokenizer, prompt, context
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         image, text = [{"type": "image"}, {"type": "text", "text": prompt.question("image")}], f"\0{prompt.question('text')}"
         if PROMPT_TOKEN.format("text", 0) in self.tokenizer.get_added_vocab():  # the template of an exported model writes its own prompts
@@ -137,9 +142,16 @@ class Templates:
         return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
     def text(self, texts: list[str], side: str = "right") -> Sequences:
-        "Text sequences: caption, then the text prompt."
-        prompts = [ids + self.spans["text"] for ids in self._encode([self.text_prefix + t for t in texts])]
+        "Text sequences: caption, then the text prompt. A caption ends where the context has no more room; the prompt is always whole."
+        room = self.context - len(self.spans["text"])
+        prompts = [ids[:room] + self.spans["text"] for ids in self._encode([self.text_prefix + t for t in texts])]
         return collate(prompts, [[]] * len(texts), self.tokenizer.pad_token_id, {}, side)
+
+    def count_cut(self, texts: list[str]) -> int:
+        "How many captions `text` has to cut; only those are tokenized that have bytes enough."
+        room = self.context - len(self.spans["text"])
+        likely = [self.text_prefix + t for t in texts if len(t.encode()) > room // 2]
+        return sum(len(ids) > room for ids in self._encode(likely)) if likely else 0
 
     def image(self, images: list, captions: list[str] | None = None, side: str = "right") -> Sequences:
         "Image sequences: picture, image prompt, then the long caption where there is one."
@@ -159,6 +171,190 @@ class Templates:
         "Token ids of an answer after the image prompt, end token included."
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
         return ids(self.opening + caption)[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
+
+# %% ../nbs/06_embedder.ipynb #7bb2fd28
+Picture = str | Path | bytes | Image.Image | np.ndarray  # a path, an undecoded file, a PIL image, or an array
+ALPHA = ("LA", "PA", "RGBA", "RGBa")  # PIL's modes
+SMALLEST_SIDE, LARGEST_ASPECT = 4, 200
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    "Upright 8-bit RGB; ValueError if that is not defined."
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds limit of {Image.MAX_IMAGE_PIXELS} pixels")
+    if max(image.size) > LARGEST_ASPECT * max(min(image.size), SMALLEST_SIDE):
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit numbers'}, so nobody knows what is white; save it with 8 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if min(image.size) < SMALLEST_SIDE:
+        image = image.resize(tuple(max(side, SMALLEST_SIDE) for side in image.size), Image.Resampling.NEAREST)
+    return image
+
+
+def open_image(
+    picture: Picture | IO[bytes],
+    name: str = "",  # for errors; empty for the path
+) -> Image.Image:
+    "A picture as an upright RGB image of at least 4 x 4 pixels; InputError names it if it is missing, broken, too large or of no defined colours."
+    name = name or (str(picture) if isinstance(picture, (str, Path)) else f"a picture given as {type(picture).__name__}")
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(picture, name)
+    try:
+        if isinstance(picture, Image.Image):
+            return _as_seen(picture)
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            return _as_seen(image)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such image; check the path") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too large ({str(error).split(',')[0]}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{name}: not a readable image ({cause}); replace or remove it") from None
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        raise InputError(f"{name}: an array of {pixels.dtype}, whose range is a guess; give uint8 from 0 to 255")
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    if not pixels.size or pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
+        raise InputError(f"{name}: an array of shape {pixels.shape}; give (H, W), (H, W, 3) or (H, W, 4)")
+    return Image.fromarray(pixels)
+
+
+def name_of(picture: Picture, place: int) -> str:
+    "What a picture of a list is called in errors: its path, or its place."
+    return str(picture) if isinstance(picture, (str, Path)) else f"picture {place}"
+
+
+def opened(images: Iterable[Picture]) -> list[Image.Image]:
+    "Pictures of a list, opened."
+    return [open_image(image, name_of(image, place)) for place, image in enumerate(images)]
+
+# %% ../nbs/06_embedder.ipynb #d7207da4
+def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator:
+    "`map(function, items)` by a thread that is at most `depth` results ahead of what is used."
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(thread.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def in_batches(
+    items: list,
+    batch_size: int,
+    encode: Callable[[object], torch.Tensor],  # a prepared batch to (B, D)
+    length: Callable[[object], int] | None = None,  # sort by this, so that little is padded
+    progress: bool = False,
+    prepare: Callable[[list], object] = list,  # a batch of items to what the model reads, in a thread
+) -> torch.Tensor:
+    "Encode a list in batches, longest first, and return `(N, D)` float32 on the CPU in the list's order."
+    if not items:
+        raise InputError("nothing to embed: the list is empty")
+    order = np.argsort([-length(i) for i in items], kind="stable") if length else np.arange(len(items))
+    starts = range(0, len(items), batch_size)
+    prepared = ahead(prepare, ([items[i] for i in order[s : s + batch_size]] for s in starts))
+    parts = [encode(batch).float().cpu() for batch in tqdm(prepared, total=len(starts), disable=not progress, leave=False)]
+    return torch.cat(parts)[torch.as_tensor(np.argsort(order))]
+
+# %% ../nbs/06_embedder.ipynb #00a9db1f
+def distinct(items: Iterable) -> tuple[list, np.ndarray]:
+    "Different items in the order in which they first come (paths, texts and bytes by value, pictures by identity), and the place of every item among them."
+    index, kept, places = {}, [], []
+    for item in items:
+        key = str(item) if isinstance(item, Path) else item if isinstance(item, (str, bytes)) else id(item)
+        if key not in index:
+            index[key] = len(kept)
+            kept.append(item)
+        places.append(index[key])
+    return kept, np.array(places, int)
+
+
+def shortened(states: torch.Tensor, normalize: bool = True, truncate_dim: int | None = None) -> torch.Tensor:
+    "The first `truncate_dim` components of `(B, D)` states (None for all), as unit vectors if asked for; InputError if there are not so many."
+    if truncate_dim is not None and not 1 <= truncate_dim <= states.shape[-1]:
+        raise InputError(f"truncate_dim is {truncate_dim}: give 1 to {states.shape[-1]}, the dimensions of this model")
+    return F.normalize(states[..., :truncate_dim], dim=-1) if normalize else states[..., :truncate_dim]
+
+
+def _rows(vectors: torch.Tensor | np.ndarray) -> torch.Tensor:
+    "Unit rows `(N, D)`."
+    return F.normalize(torch.atleast_2d(torch.as_tensor(vectors)).float(), dim=-1)
+
+
+class Encodes:
+    "Pictures and texts to embeddings, for a model that has `prepared`, `read_out` and `count_cut`."
+
+    def prepared(self, items: list, modality: str):
+        "What the model reads of opened pictures (`image`) or captions (`text`)."
+        raise NotImplementedError
+
+    def laid_out(self, pictures: list[Image.Image], names: list[str]):
+        "`prepared` pictures; InputError names the one that the model's processor refuses."
+        try:
+            return self.prepared(pictures, "image")
+        except ValueError:
+            for picture, name in zip(pictures, names):
+                try:
+                    self.prepared([picture], "image")
+                except ValueError as error:
+                    raise InputError(f"{name}: this model cannot read a picture of {picture.width} x {picture.height} pixels ({' '.join(str(error).split())[:120]})") from None
+            raise
+
+    def read_out(self, batch, modality: str) -> torch.Tensor:
+        "States `(B, D)`, not normalised, in float32."
+        raise NotImplementedError
+
+    def count_cut(self, texts: list[str]) -> int:
+        "How many captions are longer than the model can read."
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
+        "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
+        alone = isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
+        pictures, back = distinct([images] if alone else images)
+        named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
+        prepare = lambda batch: self.laid_out([open_image(picture, name) for picture, name in batch], [name for _, name in batch])
+        encode = lambda batch: shortened(self.read_out(batch, "image"), normalize, truncate_dim)
+        found = in_batches(named, batch_size, encode, progress=progress, prepare=prepare)
+        return found[0] if alone else found[torch.as_tensor(back)]
+
+    @torch.inference_mode()
+    def encode_text(self, texts: str | Sequence[str], batch_size: int = 256, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
+        "Embed captions: `(N, D)` float32 on the CPU, `(D,)` for one caption alone; InputError names the index of an empty one, a warning counts those that were cut."
+        alone = isinstance(texts, str)
+        unique, back = np.unique(np.array(_words([texts] if alone else list(texts)), object), return_inverse=True)
+        if cut := self.count_cut(unique.tolist()):
+            warnings.warn(f"{cut} of {len(unique)} captions are longer than the model can read, and were cut to its context")
+        encode = lambda batch: shortened(self.read_out(batch, "text"), normalize, truncate_dim)
+        found = in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress, prepare=lambda batch: self.prepared(batch, "text"))
+        return found[0] if alone else found[torch.as_tensor(back)]
+
+    def similarity(self, a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> torch.Tensor:
+        "Cosines `(N, M)` of `(N, D)` and `(M, D)` embeddings, normalised or not; one embedding `(D,)` is a row."
+        return _rows(a) @ _rows(b).T
+
+
+def _words(texts: list) -> list[str]:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"caption {index} is {'empty' if isinstance(text, str) else f'no text but {type(text).__name__}'}: leave it out, or say something")
+    return texts
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
 class FoldedLinear(LoraLinear):
@@ -186,13 +382,13 @@ def trunk_linear_names(model: nn.Module) -> list[str]:
     return [f"{prefix}.{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
 
 
-class DiscriminativeLVLM(nn.Module):
+class DiscriminativeLVLM(Encodes, nn.Module):
     "An LVLM read as an embedder; with soft prompts and LoRA it is VladVA, without them the zero-shot baseline."
 
     def __init__(self, model: nn.Module, processor, prompt: Prompt = SUMMARY, base: str = ""):
         super().__init__()
         self.model, self.base = model.requires_grad_(False).eval(), base
-        self.templates = Templates(processor, prompt)
+        self.templates = Templates(processor, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
         self.soft_prompts: SoftPrompts | None = None
         self.lora: LoraConfig | None = None
         self.levers = Levers()
@@ -259,25 +455,31 @@ def chunks(self, batch: Sequences, most: int) -> list[tuple[torch.Tensor, Sequen
 
 
 @method_of(DiscriminativeLVLM)
-def distinct(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
+def different_texts(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
     "Texts of a batch that differ, and which of them each row is."
     if not self.levers.unique or batch.vision:
         return batch, torch.arange(len(batch.last))
     _, number = torch.unique(batch.input_ids.masked_fill(batch.attention_mask == 0, -1), dim=0, return_inverse=True)
-    first = torch.zeros(int(number.max()) + 1, dtype=torch.long).scatter_(0, number.flip(0), torch.arange(len(number)).flip(0))
+    first = number.new_zeros(int(number.max()) + 1).scatter_(0, number.flip(0), torch.arange(len(number), device=number.device).flip(0))
     return batch.rows(first), number
+
+
+@method_of(DiscriminativeLVLM)
+def read_out(self, batch: Sequences, modality: str) -> torch.Tensor:
+    "State `(B, D)` of the last prompt token of each row, in float32."
+    different, number = self.different_texts(batch)
+    found = []
+    for index, part in self._groups(different):
+        part = part.to(self.device)
+        rows = torch.zeros_like(part.input_ids, dtype=torch.bool).scatter_(1, part.last[:, None], True)
+        found.append((index, self.forward(part, modality, rows)[rows]))
+    return in_order(found)[number].float()
 
 
 @method_of(DiscriminativeLVLM)
 def embed(self, batch: Sequences, modality: str) -> torch.Tensor:
     "Unit-norm embeddings `(B, D)` in float32."
-    distinct, number = self.distinct(batch)
-    found = []
-    for index, part in self._groups(distinct):
-        part = part.to(self.device)
-        rows = torch.zeros_like(part.input_ids, dtype=torch.bool).scatter_(1, part.last[:, None], True)
-        found.append((index, self.forward(part, modality, rows)[rows]))
-    return F.normalize(in_order(found)[number].float(), dim=-1)
+    return F.normalize(self.read_out(batch, modality), dim=-1)
 
 
 @method_of(DiscriminativeLVLM)
@@ -304,59 +506,16 @@ def in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return torch.cat([values for _, values in found])[order.argsort()]
 
 
-# %% ../nbs/06_embedder.ipynb #77d0aba2
-def open_image(
-    picture: str | Path | IO[bytes],
-    name: str = "",  # for errors; empty for the path
-) -> Image.Image:
-    "A picture file as an upright RGB image; InputError names it if it is missing or broken."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata is no news to somebody who wants the pixels
-            with Image.open(picture) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{name or picture}: no such image; check the path in captions.jsonl") from None
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-        cause = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise InputError(f"{name or picture}: not a readable image ({cause}); replace or remove it") from None
-
-
-def opened(images: list) -> list:
-    "The same list with paths replaced by pictures."
-    return [open_image(i) if isinstance(i, (str, Path)) else i for i in images]
-
-# %% ../nbs/06_embedder.ipynb #115276dc
-def in_batches(
-    items: list,
-    batch_size: int,
-    encode: Callable[[list], torch.Tensor],  # a batch of items to (B, D)
-    length: Callable[[object], int] | None = None,  # sort by this, so that little is padded
-    progress: bool = False,
-) -> torch.Tensor:
-    "Encode a list in batches, longest first, and return `(N, D)` float32 on the CPU in the list's order."
-    if not items:
-        raise ValueError("nothing to embed: the list is empty")
-    order = np.argsort([-length(i) for i in items], kind="stable") if length else np.arange(len(items))
-    starts = tqdm(range(0, len(items), batch_size), disable=not progress, leave=False)
-    parts = [encode([items[i] for i in order[s : s + batch_size]]).float().cpu() for s in starts]
-    return torch.cat(parts)[torch.as_tensor(np.argsort(order))]
+@method_of(DiscriminativeLVLM)
+def prepared(self, items: list, modality: str) -> Sequences:
+    "Sequences of opened pictures or of captions, on the model's device."
+    return (self.templates.image if modality == "image" else self.templates.text)(items).to(self.device)
 
 
 @method_of(DiscriminativeLVLM)
-@torch.inference_mode()
-def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
-    "Embed pictures (PIL images, uint8 arrays `(H, W, 3)` or paths): unit-norm `(N, D)`."
-    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(opened(b)), "image"), progress=progress)
-
-
-@method_of(DiscriminativeLVLM)
-@torch.inference_mode()
-def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
-    "Embed captions: unit-norm `(N, D)`."
-    unique, back = np.unique(np.array(texts, object), return_inverse=True)
-    encode = lambda b: self.embed(self.templates.text(b), "text")
-    return in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress)[torch.as_tensor(back)]
+def count_cut(self, texts: list[str]) -> int:
+    "How many captions do not fit into the context with their prompt."
+    return self.templates.count_cut(texts)
 
 # %% ../nbs/06_embedder.ipynb #b4dc2c12
 @method_of(DiscriminativeLVLM)
@@ -379,7 +538,7 @@ def tried(self) -> DiscriminativeLVLM:
 @method_of(DiscriminativeLVLM)
 def generate(
     self,
-    images: list,
+    images: list[Picture],
     question: str | list[str],  # the same about every picture, or one about each
     adapter: bool = False,  # with LoRA on; off is the base model
     max_new_tokens: int = 128,
@@ -388,7 +547,7 @@ def generate(
     questions = [question] * len(images) if isinstance(question, str) else question
     asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}]
     text = [self.templates.processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
-    batch = self.templates.processed(images, text, side="left").to(self.device)
+    batch = self.templates.processed(opened(images), text, side="left").to(self.device)
     batch.pop("labels", None)  # PaliGemma's processor makes them unasked
     self.enable_adapter(adapter)
     try:
@@ -483,6 +642,19 @@ def lora_config(folder: str | Path) -> LoraConfig:
         raise InputError(f"{path}: not a LoRA that this package writes: field {wrong[0]!r} is {given.get(wrong[0])!r:.80}; save the adapter again")
     return LoraConfig(**{name: given[name] for name in _LORA}, bias="none")
 
+
+# %% ../nbs/06_embedder.ipynb #257e62f6
+@contextmanager
+def loading(folder: str | Path) -> Iterator[None]:
+    "Whatever transformers, safetensors or json make of a damaged model folder becomes an InputError that names it."
+    quiet_loading()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, a SigLIP, an image-text-to-text model or an adapter") from None
 
 # %% ../nbs/06_embedder.ipynb #359a5066
 @method_of(DiscriminativeLVLM)

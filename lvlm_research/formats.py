@@ -39,7 +39,7 @@ __all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LON
            'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
 
 # %% ../nbs/03a_formats.ipynb #cb979fa8
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 IMAGE_FIELDS = ("image", "Image Path", "filepath", "file_name")  # LLaVA and BLIP, DreamLIP, open_clip, imagefolder
 CAPTION_FIELDS = ("txt", "caption", "captions", "text", "title", "raw_caption", "org_caption", "re_caption", "short_caption", "long_caption",
                   *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")))  # DreamLIP: InstructBLIP, ShareGPT4V, LLaVA
@@ -233,9 +233,11 @@ def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
 
 
 def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
-    "Pictures in a folder and in the folders in it, each with a .txt or .json of the same name."
-    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        files = sorted((p for p in place.iterdir() if p.suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
+    "Pictures in a folder and in all folders below it, each with a .txt or .json of the same name."
+    for place, inner, names in os.walk(folder):
+        inner.sort()
+        place = Path(place)
+        files = sorted((place / name for name in names if Path(name).suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
         for stem, group in itertools.groupby(files, lambda p: p.stem):
             parts = {p.suffix[1:].lower(): p for p in group}
             if picture := next((parts[suffix] for suffix in PICTURES if suffix in parts), None):
@@ -346,10 +348,13 @@ def recognise(path: Path) -> tuple[Callable, list[Path]]:
             return read_captions_folder, [path]
         if shards := sorted(path.glob("*.tar")):
             return read_tar, shards
-        if any(p.suffix[1:].lower() in PICTURES for pattern in ("*", "*/*") for p in path.glob(pattern)):
+        has_pictures = lambda pattern: any(p.suffix[1:].lower() in PICTURES for p in path.glob(pattern))
+        if has_pictures("*") or has_pictures("*/*"):
             return read_files, [path]
         if shards := sorted(path.glob("*.parquet")):
             return read_parquet, shards
+        if has_pictures("**/*"):
+            return read_files, [path]
     elif not path.is_file():
         raise InputError(f"{path}: no such file or folder; give the path of training data")
     elif not path.stat().st_size:

@@ -102,8 +102,8 @@ class Discriminative(FitModule):
         "The same with the graph of a few rows at a time; the gradients of both losses come with the first."
         images, texts, number = self.embedder.chunks(batch.image, self.cache_rows), [], torch.zeros(0, dtype=torch.long)
         if batch.text is not None:
-            distinct, number = self.embedder.distinct(batch.text)
-            texts = self.embedder.chunks(distinct, self.cache_rows)
+            different, number = self.embedder.different_texts(batch.text)
+            texts = self.embedder.chunks(different, self.cache_rows)
         order, order_of_texts = (torch.cat([torch.zeros(0, dtype=torch.long), *(index for index, _ in chunks)]).argsort() for chunks in (images, texts))
         parts = [*(self._image_part(chunk, tokens) for _, chunk in images), *(self._text_part(chunk) for _, chunk in texts)]
         loss_of = lambda e: contrast(e[: len(order)][order], e[len(order) :][order_of_texts][number])

@@ -85,7 +85,7 @@ def test_requirements_lock_and_environment_agree():
     pinned = {}
     for r in lock:
         pinned.setdefault(r.name.lower().replace("_", "-"), []).append(r.specifier)
-    for group in ("requirements", "reproduce_requirements", "export_requirements", "dev_requirements"):
+    for group in ("requirements", "reproduce_requirements", "export_requirements", "search_requirements", "dev_requirements"):
         for wanted in map(Requirement, settings()[group].split()):
             versions = [str(s).removeprefix("==") for s in pinned[wanted.name.lower()]]
             assert versions and all(wanted.specifier.contains(v) for v in versions), wanted.name
