@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -55,22 +55,23 @@ class Sequences:
     last: torch.Tensor
     labels: torch.Tensor
     vision: dict[str, torch.Tensor]
+    together: bool = False  # rows go through the model in one pass
 
     def to(self, device: str | torch.device) -> "Sequences":
         move = lambda v: v.to(device)
         tensors = (move(getattr(self, name)) for name in ("input_ids", "attention_mask", "last", "labels"))
-        return Sequences(*tensors, {k: move(v) for k, v in self.vision.items()})
+        return Sequences(*tensors, {k: move(v) for k, v in self.vision.items()}, self.together)
 
     def rows(self, index: torch.Tensor) -> "Sequences":
         "Some rows, without the columns that are padding in all of them."
         kept = self.attention_mask[index].any(0)
         ids, mask, labels = (part[index][:, kept] for part in (self.input_ids, self.attention_mask, self.labels))
-        return Sequences(ids, mask, self.last[index] - kept.int().argmax(), labels, _vision_rows(self.vision, index))
+        return Sequences(ids, mask, self.last[index] - kept.int().argmax(), labels, _vision_rows(self.vision, index), self.together)
 
     def prompts(self) -> "Sequences":
         "The same rows without the captions that follow the read-out."
         before = torch.arange(self.input_ids.shape[1]) <= self.last[:, None]
-        cut = Sequences(self.input_ids, self.attention_mask * before, self.last, torch.full_like(self.labels, -100), self.vision)
+        cut = Sequences(self.input_ids, self.attention_mask * before, self.last, torch.full_like(self.labels, -100), self.vision, self.together)
         return cut.rows(torch.arange(len(self.last)))
 
     def has_rows(self) -> bool:
@@ -439,7 +440,7 @@ def forward(
 @method_of(DiscriminativeLVLM)
 def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
     "(rows, their sequences) that go through the model together."
-    if not (self.levers.length_groups and batch.has_rows()):
+    if batch.together or not (self.levers.length_groups and batch.has_rows()):
         return [(torch.arange(len(batch.last)), batch)]
     groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price)]
     return [(index, batch.rows(index)) for index in groups]
@@ -450,8 +451,8 @@ def chunks(self, batch: Sequences, most: int) -> list[tuple[torch.Tensor, Sequen
     "(rows, their sequences), at most so many rows each and of about the same length."
     if not batch.has_rows():
         raise InputError(f"{self.model.config.model_type}: its pictures cannot be cut into parts of a batch; train it without cache_rows")
-    order = batch.attention_mask.sum(1).argsort(descending=True, stable=True)
-    return [(index, batch.rows(index)) for index in order.split(most)]
+    groups = length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price, most)
+    return [(torch.from_numpy(index), replace(batch.rows(torch.from_numpy(index)), together=True)) for index in groups]
 
 
 @method_of(DiscriminativeLVLM)

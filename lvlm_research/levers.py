@@ -107,15 +107,17 @@ def lean_states(
 def length_groups(
     lengths: list[int],  # tokens of each row
     price: int,  # of one more pass, in tokens
+    most: int | None = None,  # rows of a group
 ) -> list[np.ndarray]:
     "Rows (indices) that go together, longest first: the partition with the fewest padded tokens, passes counted at their price."
     order = np.argsort(-np.asarray(lengths), kind="stable")
     ordered = np.asarray(lengths)[order]
     best, cut = [0.0], [0]  # cost of the first k rows, and where their last group begins
     for end in range(1, len(ordered) + 1):
-        costs = [best[start] + ordered[start] * (end - start) + price for start in range(end)]
-        cut.append(int(np.argmin(costs)))
-        best.append(costs[cut[-1]])
+        first = max(0, end - (most or end))
+        costs = [best[start] + ordered[start] * (end - start) + price for start in range(first, end)]
+        cut.append(first + int(np.argmin(costs)))
+        best.append(min(costs))
     groups, end = [], len(ordered)
     while end:
         groups.append(order[cut[end] : end])
