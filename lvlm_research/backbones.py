@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
-from transformers import (AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+from transformers import (AutoProcessor, Cache, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerFast, Qwen2VLConfig,
                           Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor)
 from transformers.utils import logging as hf_logging
@@ -24,7 +24,7 @@ from .scenes import long_caption, sample_scenes, short_caption
 __all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'PREFIX_ATTENTION', 'Size', 'larger', 'train_tokenizer',
            'qwen2vl_tokenizer', 'world_tokenizer', 'quiet_loading', 'micro_clip', 'micro_llava',
            'Qwen2VLPictureProcessor', 'micro_qwen2vl', 'projector', 'image_features', 'picture_inputs', 'positions',
-           'token_types', 'trunk_states', 'language_head']
+           'token_types', 'trunk_inputs', 'run_trunk', 'trunk_states', 'language_head']
 
 # %% ../nbs/05_backbones.ipynb #e757989a
 @dataclass(frozen=True)
@@ -236,6 +236,37 @@ def token_types(
     return dict.fromkeys(asked, types)
 
 
+def trunk_inputs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # (B, T)
+    attention_mask: torch.Tensor,  # (B, T)
+    vision: dict[str, torch.Tensor],  # of all pictures, in the order of the rows; empty for text
+    last: torch.Tensor | None = None,  # (B,), the last prompt token, after which a caption may follow
+) -> dict[str, torch.Tensor | None]:
+    "What the trunk reads besides the token ids: mask, positions, token types."
+    padded_left = not bool(attention_mask[:, 0].all())
+    return {"attention_mask": attention_mask if padded_left else None,  # right padding lies in the causal future of every real token
+            "position_ids": positions(model, input_ids, attention_mask, vision), **token_types(model, input_ids, attention_mask, last)}
+
+
+def run_trunk(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # (B, T)
+    inputs: dict,  # of `trunk_inputs`
+    vision: dict[str, torch.Tensor],
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None,  # of the token embeddings (B, T, D): places soft prompts
+    cache: Cache | None = None,  # keys and values of tokens that came before; those of these tokens are added
+) -> torch.Tensor:
+    "Final-norm states `(B, T, D)`."
+    if vision:
+        inputs = inputs | vision | {"pixel_values": vision["pixel_values"].to(model.dtype)}
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, embeddings: edit(embeddings) if edit else None)
+    try:
+        return model.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **inputs).last_hidden_state
+    finally:
+        hook.remove()
+
+
 def trunk_states(
     model: PreTrainedModel,
     input_ids: torch.Tensor,  # (B, T)
@@ -245,16 +276,7 @@ def trunk_states(
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None,  # of the token embeddings (B, T, D): places soft prompts
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of the language model, pictures included."
-    padded_left = not bool(attention_mask[:, 0].all())
-    inputs = {"attention_mask": attention_mask if padded_left else None,  # right padding lies in the causal future of every real token
-              "position_ids": positions(model, input_ids, attention_mask, vision), **token_types(model, input_ids, attention_mask, last)}
-    if vision:
-        inputs |= vision | {"pixel_values": vision["pixel_values"].to(model.dtype)}
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, embeddings: edit(embeddings) if edit else None)
-    try:
-        return model.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    finally:
-        hook.remove()
+    return run_trunk(model, input_ids, trunk_inputs(model, input_ids, attention_mask, vision, last), vision, edit)
 
 
 def language_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

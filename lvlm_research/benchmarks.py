@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from .config import InputError, Profile, write_beside
+from .config import InputError, Profile, json_value, write_beside
 from .embedder import open_image
 from .metrics import chance, expected_hits, image_to_text, pair_accuracy, retrieval_hits, text_only, topk_hits, winoground
+from .reading import npz_arrays
 from .scenes import (COLOURS, COUNTS, NEGATIVE_TYPES, SHAPES, Mention, Scenes, all_novel, concatenate, holds, matches, novel_objects, pair_items, phrase, sample_albums, sample_scenes, say, scene_codes, scene_images,
                                   short_claim, single_object_classes, winoground_items, VALUES)
 
@@ -250,9 +251,9 @@ def save_suite(suite: list[Benchmark], file: str | Path) -> Path:
 
 def load_suite(file: str | Path) -> list[Benchmark]:
     "Read what `save_suite` wrote."
-    with np.load(file) as arrays:
+    with npz_arrays(file) as arrays:
         suite = []
-        for number, values in enumerate(json.loads(str(arrays["described"]))):
+        for number, values in enumerate(json_value(str(arrays["described"]), file)):
             kept = {name.split("/")[1]: arrays[name] for name in arrays if name.startswith(f"{number}/")}
             suite.append(_KINDS[values.pop("kind")](**values | kept | {"images": list(kept["images"])}))
     return suite

@@ -10,6 +10,9 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,9 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['MODEL_SIZES', 'PRECISIONS', 'PROFILES', 'PACKAGES', 'Profile', 'InputError', 'profile_of', 'find_root', 'root',
-           'find_model', 'write_beside', 'write_text', 'sha256', 'write_card', 'check_card', 'git_revision',
-           'run_identity', 'available_cores', 'set_threads', 'method_of']
+__all__ = ['MODEL_SIZES', 'PRECISIONS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile', 'visible', 'InputError',
+           'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object', 'read_json', 'read_object',
+           'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'write_text', 'sha256', 'write_card',
+           'check_card', 'check_space', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
@@ -64,8 +68,111 @@ PROFILES = {p.name: p for p in (
 )}
 
 # %% ../nbs/00_config.ipynb #e212d37c
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    "The text with control characters, line breaks, marks of direction and halves of characters (lone surrogates) written out, as `\\x1b` or `\\u202e`."
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+LONGEST = 1000  # characters of a message
+
+
 class InputError(ValueError):
-    "Something a person gave is wrong; the message names it and says how to mend it, in one line."
+    "Something a person gave is wrong; the message names it and says how to mend it, in one visible line."
+
+    def __init__(self, message: str):
+        shown = visible(message)
+        super().__init__(shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ...")
+
+
+# %% ../nbs/00_config.ipynb #5db5d45c
+WHOLE = 2**26  # bytes of a file that is read as a whole
+DEPTH = 64  # of JSON: lists and objects inside each other
+
+
+def check_file(path: str | Path) -> None:
+    "InputError if it is not there, or is no regular file."
+    try:
+        kind = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path") from None
+    if not stat.S_ISREG(kind):
+        raise InputError(f"{path}: cannot be read (it is a {'folder' if stat.S_ISDIR(kind) else 'pipe or a device'}); give a file")
+
+
+def utf8(data: bytes, where: object) -> str:
+    "Text of these bytes, without a byte order mark; InputError says where they are not UTF-8."
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from None
+
+
+def read_text(path: str | Path) -> str:
+    "A text file of at most `WHOLE` bytes."
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(WHOLE + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check who may read it") from None
+    if len(data) > WHOLE:
+        raise InputError(f"{path}: has more than {WHOLE:,} bytes; is this the right file?")
+    return utf8(data, path)
+
+
+# %% ../nbs/00_config.ipynb #15e7eac3
+def _is_deeper(value: object, depth: int) -> bool:
+    "Whether there are more than so many lists and objects inside each other."
+    level = [value]
+    for _ in range(depth):
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v) if isinstance(child, (dict, list))]
+    return bool(level)
+
+
+def check_json(value: object, text: str, where: object) -> object:
+    "The value itself, which Python read from the text; InputError if it is nested too deeply or holds half a character."
+    if text.count("[") + text.count("{") > DEPTH and _is_deeper(value, DEPTH):
+        raise InputError(f"{where}: not valid JSON here (nested too deeply, more than {DEPTH} levels); correct it or fetch the file again")
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: a text holds half a character (a lone surrogate); correct or remove it") from None
+    return value
+
+
+def json_value(text: str, where: object) -> object:
+    "What a JSON text says; InputError names the place."
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        cause = getattr(error, "msg", None) or "nested too deeply, or a number of too many digits"
+        raise InputError(f"{where}: not valid JSON ({cause}); correct it or fetch the file again") from None
+    return check_json(value, text, where)
+
+
+def json_object(text: str, where: object) -> dict:
+    "The same where an object must stand."
+    value = json_value(text, where)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object {{...}}, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: str | Path) -> object:
+    "A JSON file of at most `WHOLE` bytes."
+    text = read_text(path)
+    if not text.strip():
+        raise InputError(f"{path}: empty; fetch or write it again")
+    return json_value(text, path)
+
+
+def read_object(path: str | Path) -> dict:
+    "A JSON file that holds an object."
+    return json_object(read_text(path), path)
 
 
 # %% ../nbs/00_config.ipynb #759f550e
@@ -81,13 +188,8 @@ def profile_of(
 
 
 def _read_profile(path: Path) -> Profile:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a profile file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(given, dict) or str(given.get("extends")) not in PROFILES:
+    given = read_object(path)
+    if str(given.get("extends")) not in PROFILES:
         raise InputError(f"{path}: needs a field 'extends' that names one of {', '.join(PROFILES)}")
     if path.stem in PROFILES:
         raise InputError(f"{path}: is named like a built-in profile, whose results it would mix with; rename the file")
@@ -173,14 +275,36 @@ def write_card(folder: str | Path, **card) -> Path:
     return write_text(Path(folder) / "card.json", json.dumps(card | {"sha256": weights}, indent=1) + "\n")
 
 
+def _hashes(card: Path) -> dict[str, str]:
+    "Hashes that a card states, by the names of files beside it."
+    hashes = read_object(card).get("sha256")
+    if not isinstance(hashes, dict) or not all(isinstance(v, str) and os.path.basename(name) == name for name, v in hashes.items()):
+        raise InputError(f"{card}: not a card (sha256 must hold hashes by the names of files beside it); run the stage that wrote it again")
+    return hashes
+
+
 def check_card(folder: str | Path) -> Path:
     "The folder, if its weights are those of its card; InputError names the file that is missing or was changed. A folder without a card is taken as it is."
     folder = Path(folder)
     if (folder / "card.json").is_file():
-        for name, expected in json.loads((folder / "card.json").read_text())["sha256"].items():
+        for name, expected in _hashes(folder / "card.json").items():
             if not (folder / name).is_file() or sha256(folder / name) != expected:
                 raise InputError(f"{folder / name}: {'differs from' if (folder / name).is_file() else 'is missing, but named in'} its card.json; restore the file (git checkout, or run the stage that wrote it again)")
     return folder
+
+# %% ../nbs/00_config.ipynb #b21340c7
+def check_space(
+    folder: str | Path,  # where it will be written; need not be there yet
+    needed: int,  # bytes
+    what: str,
+) -> None:
+    "InputError if the disk has less free space than a run will need."
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(f"{folder}: {free / 1e6:,.0f} MB are free, {what} needs about {needed / 1e6:,.0f}; free some space or write elsewhere")
+
 
 # %% ../nbs/00_config.ipynb #d44bf3d8
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "seaborn", "papermill", "snakemake")

@@ -5,7 +5,8 @@
 # %% ../nbs/03_datasets.ipynb #bbe980fa
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from datasets import Dataset
 
 from .config import InputError
 from .embedder import Sequences, Templates
+from .large_batches import own_share
+from .reading import json_lines, path_below
 from .scenes import claim_with_negative, long_caption, paraphrase, sample_albums, say, scene_images, short_caption
 
 # %% auto #0
-__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'json_object', 'folder_records', 'read_folder', 'only_split', 'scene_pairs',
-           'JointBatch', 'joint_batches', 'TextBatch', 'text_batches']
+__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'folder_records', 'read_folder', 'only_split', 'scene_pairs', 'JointBatch',
+           'joint_batches', 'TextBatch', 'text_batches']
 
 # %% ../nbs/03_datasets.ipynb #79dbb1a6
 @dataclass(frozen=True)
@@ -30,41 +33,27 @@ class Pair:
     image: object  # PIL image or uint8 array
     short: str | None
     long: str | None
+    where: str = ""  # its record, if it was read from a file
 
 
 SHORT_TOKENS, LONG_TOKENS = 30, 500  # the paper's bins: short < 30 <= long <= 500
 
 # %% ../nbs/03_datasets.ipynb #c8301c17
-def json_object(text: str | bytes, where: str) -> dict:
-    "A JSON object; InputError says where it should have been."
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        cause = getattr(error, "msg", None) or getattr(error, "reason", "nested too deeply, or a number of too many digits")
-        raise InputError(f"{where}: not valid JSON ({cause}); one object is expected here") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected an object like {{\"image\": ..., \"captions\": [...]}}, found {type(value).__name__}")
-    return value
-
-
-def _record(line: str, where: str, folder: Path) -> dict:
-    "One checked line of captions.jsonl."
-    record = json_object(line, where)
+def _check_record(record: dict, where: str, folder: Path) -> dict:
+    "One checked record of captions.jsonl, with the path of its picture."
     image, captions = record.get("image"), record.get("captions")
     if not isinstance(image, str) or not image:
         raise InputError(f"{where}: field 'image' must be a path relative to the folder")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise InputError(f"{where}: field 'captions' must be a list of at least one non-empty string")
-    try:
-        path = (folder / image).resolve()
-        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        raise InputError(f"{where}: image {image[:60]!r} cannot be a path; give the file's path relative to the folder") from None
-    if not inside:
-        raise InputError(f"{where}: image {image!r} lies outside the folder; move it inside")
-    if not there:
+    if large := [key for key, v in record.items() if isinstance(v, int) and not -(2**63) <= v < 2**63]:
+        raise InputError(f"{where}: field {large[0]!r} is too large a number; write it as a text")
+    if any("\0" in key for key in record):
+        raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
+    path = path_below(os.path.abspath(folder), image, where)
+    if not os.path.isfile(path):
         raise InputError(f"{where}: image {image!r} does not exist in {folder}; add it or remove the line")
-    return record | {"image": str(path)}
+    return record | {"image": path}
 
 
 def folder_records(folder: str | Path) -> Iterator[tuple[str, dict]]:
@@ -74,15 +63,9 @@ def folder_records(folder: str | Path) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{file}: no such file; the data folder needs images and a captions.jsonl")
     if not file.stat().st_size:
         raise InputError(f"{file}: no records; write one JSON object a line")
-    with open(file, encoding="utf-8", newline="\n") as lines:  # a caption may hold other line separators
-        try:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                if not line.strip():
-                    raise InputError(f"{where}: empty; remove the line")
-                yield where, _record(line, where, Path(folder))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    path_below(folder, "captions.jsonl", folder, "file")
+    for where, record in json_lines(file):
+        yield where, _check_record(record, where, Path(folder))
 
 
 def read_folder(folder: str | Path) -> Dataset:
@@ -118,12 +101,18 @@ def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train
 # %% ../nbs/03_datasets.ipynb #a2d9b1bd
 @dataclass
 class JointBatch:
-    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and which of them have equal captions."
+    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and a number for each caption."
 
     image: Sequences
     text: Sequences | None
     has_short: torch.Tensor  # (B,) bool
-    same: torch.Tensor  # (S, S) bool, over the S short captions
+    caption: torch.Tensor  # (S,) whole numbers, equal for equal captions
+    records: tuple[str, ...] = ()  # where the pairs come from, if from a file
+
+
+def _number(text: str) -> int:
+    "The same 63 bits for the same text, in every process."
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def joint_batches(
@@ -135,12 +124,13 @@ def joint_batches(
     "The pairs of any step, collated for one model."
 
     def draw(step: int) -> JointBatch:
-        batch = pairs(step)
+        batch = own_share(pairs(step))
         image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
-        number = torch.tensor([short.index(s) for s in short])
-        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number[:, None] == number)
+        number = torch.tensor([_number(s) for s in short], dtype=torch.int64)
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number,
+                          tuple(p.where for p in batch if p.where))
 
     return draw
 
@@ -159,7 +149,7 @@ def text_batches(templates: Templates, batch_size: int, seed: int, split: str = 
 
     def draw(step: int) -> TextBatch:
         rng = np.random.default_rng([seed, step])
-        pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
+        pairs = own_share([claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)])
         texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
         return TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
 

@@ -5,7 +5,6 @@
 # %% ../nbs/12a_doctor.ipynb #1e9fa00b
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .config import InputError, find_model
-from .embedder import CONFIG_NAME, Templates, trunk_linear_names
+from .embedder import CONFIG_NAME, Templates, adapter_config, trunk_linear_names
 from .evaluation import DUAL_ENCODERS
 from .families import TESTED_FAMILIES, check_kind, check_structure, check_weights, load_processor, read_config, skeleton
 from .prompts import SUMMARY
@@ -111,11 +110,10 @@ def describe(
     "What a model folder holds, from its config and processor; InputError only for a folder that is none."
     folder, report = find_model(folder), Report()
     if (folder / CONFIG_NAME).is_file():
-        try:
-            adapter = json.loads((folder / CONFIG_NAME).read_text())
-            trained = [name for name, key in (("soft prompts", "soft_prompts"), ("LoRA", "lora")) if adapter[key]]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder / CONFIG_NAME}: not the config of an adapter; save the adapter again") from None
+        adapter = adapter_config(folder)
+        trained = [name for name, key in (("soft prompts", "soft_prompts"), ("LoRA", "lora")) if adapter[key]]
+        if (find_model(adapter["base"]) / CONFIG_NAME).is_file():
+            raise InputError(f"{folder / CONFIG_NAME}: its base {adapter['base']} is an adapter itself; name the model that it was trained on")
         report = describe(adapter["base"], batch)
         report.lines = {"adapter": f"{' and '.join(trained) or 'nothing trained'}, on {adapter['base']}"} | report.lines
         return report

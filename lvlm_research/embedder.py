@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import io
 import json
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -25,17 +30,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .backbones import language_head, trunk_states
-from .config import InputError, find_model, method_of
+from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
+from .config import InputError, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
-from .losses import next_token_loss, token_losses
-from .prompts import SUMMARY, Prompt, SoftPrompts
+from .levers import Levers, common_prefix, lean_states, length_groups
+from .losses import token_losses
+from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['CONFIG_NAME', 'Sequences', 'pad', 'collate', 'Templates', 'FoldedLinear', 'fold_small_layers', 'trunk_linear_names',
-           'DiscriminativeLVLM', 'forward', 'embed', 'embed_and_predict', 'open_image', 'opened', 'in_batches',
-           'encode_image', 'encode_text', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
-           'save_pretrained', 'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate',
+           'Templates', 'open_image', 'name_of', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes',
+           'FoldedLinear', 'fold_small_layers', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
+           'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'count_cut', 'tried',
+           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'adapter_config',
+           'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -47,11 +55,36 @@ class Sequences:
     last: torch.Tensor
     labels: torch.Tensor
     vision: dict[str, torch.Tensor]
+    together: bool = False  # rows go through the model in one pass
 
     def to(self, device: str | torch.device) -> "Sequences":
         move = lambda v: v.to(device)
         tensors = (move(getattr(self, name)) for name in ("input_ids", "attention_mask", "last", "labels"))
-        return Sequences(*tensors, {k: move(v) for k, v in self.vision.items()})
+        return Sequences(*tensors, {k: move(v) for k, v in self.vision.items()}, self.together)
+
+    def rows(self, index: torch.Tensor) -> "Sequences":
+        "Some rows, without the columns that are padding in all of them."
+        kept = self.attention_mask[index].any(0)
+        ids, mask, labels = (part[index][:, kept] for part in (self.input_ids, self.attention_mask, self.labels))
+        return Sequences(ids, mask, self.last[index] - kept.int().argmax(), labels, _vision_rows(self.vision, index), self.together)
+
+    def prompts(self) -> "Sequences":
+        "The same rows without the captions that follow the read-out."
+        before = torch.arange(self.input_ids.shape[1]) <= self.last[:, None]
+        cut = Sequences(self.input_ids, self.attention_mask * before, self.last, torch.full_like(self.labels, -100), self.vision, self.together)
+        return cut.rows(torch.arange(len(self.last)))
+
+    def has_rows(self) -> bool:
+        "Whether what the processor made of the images can be told apart by rows."
+        return "image_grid_thw" in self.vision or all(len(part) == len(self.last) for part in self.vision.values())
+
+
+def _vision_rows(vision: dict[str, torch.Tensor], index: torch.Tensor) -> dict[str, torch.Tensor]:
+    "Images of some rows; where pictures are lists of patches, their grid says how many each has."
+    if "image_grid_thw" not in vision:
+        return {name: part[index] for name, part in vision.items()}
+    patches = vision["pixel_values"].split(vision["image_grid_thw"].prod(1).tolist())
+    return {name: torch.cat([patches[i] for i in index]) if name == "pixel_values" else part[index] for name, part in vision.items()}
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
@@ -80,14 +113,18 @@ def collate(
 class Templates:
     "Token ids around the content, for one processor and one pair of prompts."
 
-    def __init__(self, processor, prompt: Prompt):
-        self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
+    def __init__(self, processor, prompt: Prompt, context: int = 2**31):  # context: tokens that the model reads
+        self.processor, self.tokenizer, self.prompt, self.context = processor, processor.tokenizer, prompt, context
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.image_text = self._render([{"type": "image"}, {"type": "text", "text": prompt.question("image")}])
-        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": f"\0{prompt.question('text')}"}]).partition("\0")
+        image, text = [{"type": "image"}, {"type": "text", "text": prompt.question("image")}], f"\0{prompt.question('text')}"
+        if PROMPT_TOKEN.format("text", 0) in self.tokenizer.get_added_vocab():  # the template of an exported model writes its own prompts
+            image, text = image[:1], "\0"
+        self.image_text = self._render(image)
+        self.text_prefix, probe, suffix = self._render([{"type": "text", "text": text}]).partition("\0")
         if not probe or "\0" in suffix:
             raise InputError("the chat template does not write the text of a user just once; correct chat_template.jinja")
         self.spans = {"text": self._encode(self.text_prefix + "a" + suffix)[len(self._encode(self.text_prefix + "a")) :]}
+        self.before = os.path.commonprefix(self._encode([f"{self.text_prefix}a", f"{self.text_prefix}the"]))  # token ids before any caption
         self.opening, self.end = suffix[-24:], [self.tokenizer.eos_token_id]  # what an answer stands between
 
     def answer_prefix(self, question: str) -> list[int]:
@@ -106,9 +143,16 @@ class Templates:
         return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
     def text(self, texts: list[str], side: str = "right") -> Sequences:
-        "Text sequences: caption, then the text prompt."
-        prompts = [ids + self.spans["text"] for ids in self._encode([self.text_prefix + t for t in texts])]
+        "Text sequences: caption, then the text prompt. A caption ends where the context has no more room; the prompt is always whole."
+        room = self.context - len(self.spans["text"])
+        prompts = [ids[:room] + self.spans["text"] for ids in self._encode([self.text_prefix + t for t in texts])]
         return collate(prompts, [[]] * len(texts), self.tokenizer.pad_token_id, {}, side)
+
+    def count_cut(self, texts: list[str]) -> int:
+        "How many captions `text` has to cut; only those are tokenized that have bytes enough."
+        room = self.context - len(self.spans["text"])
+        likely = [self.text_prefix + t for t in texts if len(t.encode()) > room // 2]
+        return sum(len(ids) > room for ids in self._encode(likely)) if likely else 0
 
     def image(self, images: list, captions: list[str] | None = None, side: str = "right") -> Sequences:
         "Image sequences: picture, image prompt, then the long caption where there is one."
@@ -128,6 +172,190 @@ class Templates:
         "Token ids of an answer after the image prompt, end token included."
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
         return ids(self.opening + caption)[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
+
+# %% ../nbs/06_embedder.ipynb #7bb2fd28
+Picture = str | Path | bytes | Image.Image | np.ndarray  # a path, an undecoded file, a PIL image, or an array
+ALPHA = ("LA", "PA", "RGBA", "RGBa")  # PIL's modes
+SMALLEST_SIDE, LARGEST_ASPECT = 4, 200
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    "Upright 8-bit RGB; ValueError if that is not defined."
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds limit of {Image.MAX_IMAGE_PIXELS} pixels")
+    if max(image.size) > LARGEST_ASPECT * max(min(image.size), SMALLEST_SIDE):
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its values are {'floats' if image.mode == 'F' else '32-bit numbers'}, so nobody knows what is white; save it with 8 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if min(image.size) < SMALLEST_SIDE:
+        image = image.resize(tuple(max(side, SMALLEST_SIDE) for side in image.size), Image.Resampling.NEAREST)
+    return image
+
+
+def open_image(
+    picture: Picture | IO[bytes],
+    name: str = "",  # for errors; empty for the path
+) -> Image.Image:
+    "A picture as an upright RGB image of at least 4 x 4 pixels; InputError names it if it is missing, broken, too large or of no defined colours."
+    name = name or (str(picture) if isinstance(picture, (str, Path)) else f"a picture given as {type(picture).__name__}")
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(picture, name)
+    try:
+        if isinstance(picture, Image.Image):
+            return _as_seen(picture)
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            return _as_seen(image)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such image; check the path") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too large ({str(error).split(',')[0]}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{name}: not a readable image ({cause}); replace or remove it") from None
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        raise InputError(f"{name}: an array of {pixels.dtype}, whose range is a guess; give uint8 from 0 to 255")
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    if not pixels.size or pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
+        raise InputError(f"{name}: an array of shape {pixels.shape}; give (H, W), (H, W, 3) or (H, W, 4)")
+    return Image.fromarray(pixels)
+
+
+def name_of(picture: Picture, place: int) -> str:
+    "What a picture of a list is called in errors: its path, or its place."
+    return str(picture) if isinstance(picture, (str, Path)) else f"picture {place}"
+
+
+def opened(images: Iterable[Picture]) -> list[Image.Image]:
+    "Pictures of a list, opened."
+    return [open_image(image, name_of(image, place)) for place, image in enumerate(images)]
+
+# %% ../nbs/06_embedder.ipynb #d7207da4
+def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator:
+    "`map(function, items)` by a thread that is at most `depth` results ahead of what is used."
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(thread.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def in_batches(
+    items: list,
+    batch_size: int,
+    encode: Callable[[object], torch.Tensor],  # a prepared batch to (B, D)
+    length: Callable[[object], int] | None = None,  # sort by this, so that little is padded
+    progress: bool = False,
+    prepare: Callable[[list], object] = list,  # a batch of items to what the model reads, in a thread
+) -> torch.Tensor:
+    "Encode a list in batches, longest first, and return `(N, D)` float32 on the CPU in the list's order."
+    if not items:
+        raise InputError("nothing to embed: the list is empty")
+    order = np.argsort([-length(i) for i in items], kind="stable") if length else np.arange(len(items))
+    starts = range(0, len(items), batch_size)
+    prepared = ahead(prepare, ([items[i] for i in order[s : s + batch_size]] for s in starts))
+    parts = [encode(batch).float().cpu() for batch in tqdm(prepared, total=len(starts), disable=not progress, leave=False)]
+    return torch.cat(parts)[torch.as_tensor(np.argsort(order))]
+
+# %% ../nbs/06_embedder.ipynb #00a9db1f
+def distinct(items: Iterable) -> tuple[list, np.ndarray]:
+    "Different items in the order in which they first come (paths, texts and bytes by value, pictures by identity), and the place of every item among them."
+    index, kept, places = {}, [], []
+    for item in items:
+        key = str(item) if isinstance(item, Path) else item if isinstance(item, (str, bytes)) else id(item)
+        if key not in index:
+            index[key] = len(kept)
+            kept.append(item)
+        places.append(index[key])
+    return kept, np.array(places, int)
+
+
+def shortened(states: torch.Tensor, normalize: bool = True, truncate_dim: int | None = None) -> torch.Tensor:
+    "The first `truncate_dim` components of `(B, D)` states (None for all), as unit vectors if asked for; InputError if there are not so many."
+    if truncate_dim is not None and not 1 <= truncate_dim <= states.shape[-1]:
+        raise InputError(f"truncate_dim is {truncate_dim}: give 1 to {states.shape[-1]}, the dimensions of this model")
+    return F.normalize(states[..., :truncate_dim], dim=-1) if normalize else states[..., :truncate_dim]
+
+
+def _rows(vectors: torch.Tensor | np.ndarray) -> torch.Tensor:
+    "Unit rows `(N, D)`."
+    return F.normalize(torch.atleast_2d(torch.as_tensor(vectors)).float(), dim=-1)
+
+
+class Encodes:
+    "Pictures and texts to embeddings, for a model that has `prepared`, `read_out` and `count_cut`."
+
+    def prepared(self, items: list, modality: str):
+        "What the model reads of opened pictures (`image`) or captions (`text`)."
+        raise NotImplementedError
+
+    def laid_out(self, pictures: list[Image.Image], names: list[str]):
+        "`prepared` pictures; InputError names the one that the model's processor refuses."
+        try:
+            return self.prepared(pictures, "image")
+        except ValueError:
+            for picture, name in zip(pictures, names):
+                try:
+                    self.prepared([picture], "image")
+                except ValueError as error:
+                    raise InputError(f"{name}: this model cannot read a picture of {picture.width} x {picture.height} pixels ({' '.join(str(error).split())[:120]})") from None
+            raise
+
+    def read_out(self, batch, modality: str) -> torch.Tensor:
+        "States `(B, D)`, not normalised, in float32."
+        raise NotImplementedError
+
+    def count_cut(self, texts: list[str]) -> int:
+        "How many captions are longer than the model can read."
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
+        "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
+        alone = isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
+        pictures, back = distinct([images] if alone else images)
+        named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
+        prepare = lambda batch: self.laid_out([open_image(picture, name) for picture, name in batch], [name for _, name in batch])
+        encode = lambda batch: shortened(self.read_out(batch, "image"), normalize, truncate_dim)
+        found = in_batches(named, batch_size, encode, progress=progress, prepare=prepare)
+        return found[0] if alone else found[torch.as_tensor(back)]
+
+    @torch.inference_mode()
+    def encode_text(self, texts: str | Sequence[str], batch_size: int = 256, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
+        "Embed captions: `(N, D)` float32 on the CPU, `(D,)` for one caption alone; InputError names the index of an empty one, a warning counts those that were cut."
+        alone = isinstance(texts, str)
+        unique, back = np.unique(np.array(_words([texts] if alone else list(texts)), object), return_inverse=True)
+        if cut := self.count_cut(unique.tolist()):
+            warnings.warn(f"{cut} of {len(unique)} captions are longer than the model can read, and were cut to its context")
+        encode = lambda batch: shortened(self.read_out(batch, "text"), normalize, truncate_dim)
+        found = in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress, prepare=lambda batch: self.prepared(batch, "text"))
+        return found[0] if alone else found[torch.as_tensor(back)]
+
+    def similarity(self, a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> torch.Tensor:
+        "Cosines `(N, M)` of `(N, D)` and `(M, D)` embeddings, normalised or not; one embedding `(D,)` is a row."
+        return _rows(a) @ _rows(b).T
+
+
+def _words(texts: list) -> list[str]:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"caption {index} is {'empty' if isinstance(text, str) else f'no text but {type(text).__name__}'}: leave it out, or say something")
+    return texts
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
 class FoldedLinear(LoraLinear):
@@ -155,15 +383,16 @@ def trunk_linear_names(model: nn.Module) -> list[str]:
     return [f"{prefix}.{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
 
 
-class DiscriminativeLVLM(nn.Module):
+class DiscriminativeLVLM(Encodes, nn.Module):
     "An LVLM read as an embedder; with soft prompts and LoRA it is VladVA, without them the zero-shot baseline."
 
     def __init__(self, model: nn.Module, processor, prompt: Prompt = SUMMARY, base: str = ""):
         super().__init__()
         self.model, self.base = model.requires_grad_(False).eval(), base
-        self.templates = Templates(processor, prompt)
+        self.templates = Templates(processor, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
         self.soft_prompts: SoftPrompts | None = None
         self.lora: LoraConfig | None = None
+        self.levers = Levers()
 
     @property
     def device(self) -> torch.device:
@@ -171,9 +400,13 @@ class DiscriminativeLVLM(nn.Module):
 
     def add_soft_prompts(self) -> "DiscriminativeLVLM":
         "Make both prompt spans learnable, starting from the embeddings of their own tokens (VladVA section 3)."
-        embed, spans = self.model.get_input_embeddings(), self.templates.spans | {"image": self._image_span()}
-        self.soft_prompts = SoftPrompts(**{name: embed(torch.tensor(ids, device=self.device)) for name, ids in spans.items()})
+        self.soft_prompts = SoftPrompts(**self._hand_prompt())
         return self
+
+    def _hand_prompt(self) -> dict[str, torch.Tensor]:
+        "Embeddings `(tokens, D)` of the tokens of both prompt spans."
+        embed, spans = self.model.get_input_embeddings(), self.templates.spans | {"image": self._image_span()}
+        return {name: embed(torch.tensor(ids, device=self.device)) for name, ids in spans.items()}
 
     def _image_span(self) -> list[int]:
         "Tokens after the last image token of an image sequence."
@@ -190,79 +423,100 @@ class DiscriminativeLVLM(nn.Module):
 
 # %% ../nbs/06_embedder.ipynb #65be797e
 @method_of(DiscriminativeLVLM)
-def forward(self, batch: Sequences, modality: str) -> torch.Tensor:
-    "Final-norm states `(B, T, D)` of a batch."
-    edit = None if self.soft_prompts is None else lambda embeddings: self.soft_prompts.place(embeddings, batch.last, modality)
-    return trunk_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit)
+def forward(
+    self,
+    batch: Sequences,
+    modality: str,
+    rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
+) -> torch.Tensor:
+    "Final-norm states `(B, T, D)` of a batch, right where they are read."
+    edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
+    sees_ahead = self.model.config.model_type in PREFIX_ATTENTION or batch.vision and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
+    share = rows is not None and self.levers.shared_prefix and not sees_ahead
+    shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, self.levers.pass_price) if share else 0
+    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared)
+
+
+@method_of(DiscriminativeLVLM)
+def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
+    "(rows, their sequences) that go through the model together."
+    if batch.together or not (self.levers.length_groups and batch.has_rows()):
+        return [(torch.arange(len(batch.last)), batch)]
+    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price)]
+    return [(index, batch.rows(index)) for index in groups]
+
+
+@method_of(DiscriminativeLVLM)
+def chunks(self, batch: Sequences, most: int) -> list[tuple[torch.Tensor, Sequences]]:
+    "(rows, their sequences), at most so many rows each and of about the same length."
+    if not batch.has_rows():
+        raise InputError(f"{self.model.config.model_type}: its pictures cannot be cut into parts of a batch; train it without cache_rows")
+    groups = length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price, most)
+    return [(torch.from_numpy(index), replace(batch.rows(torch.from_numpy(index)), together=True)) for index in groups]
+
+
+@method_of(DiscriminativeLVLM)
+def different_texts(self, batch: Sequences) -> tuple[Sequences, torch.Tensor]:
+    "Texts of a batch that differ, and which of them each row is."
+    if not self.levers.unique or batch.vision:
+        return batch, torch.arange(len(batch.last))
+    _, number = torch.unique(batch.input_ids.masked_fill(batch.attention_mask == 0, -1), dim=0, return_inverse=True)
+    first = number.new_zeros(int(number.max()) + 1).scatter_(0, number.flip(0), torch.arange(len(number), device=number.device).flip(0))
+    return batch.rows(first), number
+
+
+@method_of(DiscriminativeLVLM)
+def read_out(self, batch: Sequences, modality: str) -> torch.Tensor:
+    "State `(B, D)` of the last prompt token of each row, in float32."
+    different, number = self.different_texts(batch)
+    found = []
+    for index, part in self._groups(different):
+        part = part.to(self.device)
+        rows = torch.zeros_like(part.input_ids, dtype=torch.bool).scatter_(1, part.last[:, None], True)
+        found.append((index, self.forward(part, modality, rows)[rows]))
+    return in_order(found)[number].float()
 
 
 @method_of(DiscriminativeLVLM)
 def embed(self, batch: Sequences, modality: str) -> torch.Tensor:
     "Unit-norm embeddings `(B, D)` in float32."
-    states = self.forward(batch, modality)
-    return F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
+    return F.normalize(self.read_out(batch, modality), dim=-1)
 
 
 @method_of(DiscriminativeLVLM)
-def embed_and_predict(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-    "Image embeddings and the next-token loss of the long captions, from one forward pass."
-    states = self.forward(batch, "image")
-    image = F.normalize(states[torch.arange(len(states)), batch.last].float(), dim=-1)
-    return image, next_token_loss(states, batch.labels, language_head(self.model))
-
-# %% ../nbs/06_embedder.ipynb #77d0aba2
-def open_image(
-    picture: str | Path | IO[bytes],
-    name: str = "",  # for errors; empty for the path
-) -> Image.Image:
-    "A picture file as an upright RGB image; InputError names it if it is missing or broken."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata is no news to somebody who wants the pixels
-            with Image.open(picture) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{name or picture}: no such image; check the path in captions.jsonl") from None
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-        cause = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise InputError(f"{name or picture}: not a readable image ({cause}); replace or remove it") from None
+def embed_and_predict(
+    self,
+    batch: Sequences,
+    tokens: int | None = None,  # that the mean is over; None: those of this batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Image embeddings and the next-token loss of the long captions (mean over their tokens), from one forward pass over each row."
+    found, losses, head = [], [], language_head(self.model)
+    for index, part in self._groups(batch):
+        part = part.to(self.device)
+        predicts = F.pad(part.labels[:, 1:] != -100, (0, 1))
+        states = self.forward(part, "image", predicts.scatter(1, part.last[:, None], True))
+        found.append((index, states[torch.arange(len(states)), part.last]))
+        losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
+    losses = torch.cat(losses)
+    return F.normalize(in_order(found).float(), dim=-1), losses.sum() / max(len(losses) if tokens is None else tokens, 1)
 
 
-def opened(images: list) -> list:
-    "The same list with paths replaced by pictures."
-    return [open_image(i) if isinstance(i, (str, Path)) else i for i in images]
-
-# %% ../nbs/06_embedder.ipynb #115276dc
-def in_batches(
-    items: list,
-    batch_size: int,
-    encode: Callable[[list], torch.Tensor],  # a batch of items to (B, D)
-    length: Callable[[object], int] | None = None,  # sort by this, so that little is padded
-    progress: bool = False,
-) -> torch.Tensor:
-    "Encode a list in batches, longest first, and return `(N, D)` float32 on the CPU in the list's order."
-    if not items:
-        raise ValueError("nothing to embed: the list is empty")
-    order = np.argsort([-length(i) for i in items], kind="stable") if length else np.arange(len(items))
-    starts = tqdm(range(0, len(items), batch_size), disable=not progress, leave=False)
-    parts = [encode([items[i] for i in order[s : s + batch_size]]).float().cpu() for s in starts]
-    return torch.cat(parts)[torch.as_tensor(np.argsort(order))]
+def in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    "(rows, their values) as one tensor in the order of the rows."
+    order = torch.cat([index for index, _ in found])
+    return torch.cat([values for _, values in found])[order.argsort()]
 
 
 @method_of(DiscriminativeLVLM)
-@torch.inference_mode()
-def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
-    "Embed pictures (PIL images, uint8 arrays `(H, W, 3)` or paths): unit-norm `(N, D)`."
-    return in_batches(images, batch_size, lambda b: self.embed(self.templates.image(opened(b)).to(self.device), "image"), progress=progress)
+def prepared(self, items: list, modality: str) -> Sequences:
+    "Sequences of opened pictures or of captions, on the model's device."
+    return (self.templates.image if modality == "image" else self.templates.text)(items).to(self.device)
 
 
 @method_of(DiscriminativeLVLM)
-@torch.inference_mode()
-def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
-    "Embed captions: unit-norm `(N, D)`."
-    unique, back = np.unique(np.array(texts, object), return_inverse=True)
-    encode = lambda b: self.embed(self.templates.text(b).to(self.device), "text")
-    return in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress)[torch.as_tensor(back)]
+def count_cut(self, texts: list[str]) -> int:
+    "How many captions do not fit into the context with their prompt."
+    return self.templates.count_cut(texts)
 
 # %% ../nbs/06_embedder.ipynb #b4dc2c12
 @method_of(DiscriminativeLVLM)
@@ -285,7 +539,7 @@ def tried(self) -> DiscriminativeLVLM:
 @method_of(DiscriminativeLVLM)
 def generate(
     self,
-    images: list,
+    images: list[Picture],
     question: str | list[str],  # the same about every picture, or one about each
     adapter: bool = False,  # with LoRA on; off is the base model
     max_new_tokens: int = 128,
@@ -294,7 +548,7 @@ def generate(
     questions = [question] * len(images) if isinstance(question, str) else question
     asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}]
     text = [self.templates.processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
-    batch = self.templates.processed(images, text, side="left").to(self.device)
+    batch = self.templates.processed(opened(images), text, side="left").to(self.device)
     batch.pop("labels", None)  # PaliGemma's processor makes them unasked
     self.enable_adapter(adapter)
     try:
@@ -360,6 +614,55 @@ def save_pretrained(self, folder: str | Path) -> Path:
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return folder
 
+# %% ../nbs/06_embedder.ipynb #31e8a01a
+_ADAPTER = {"base": str, "base_sha256": str, "prompt": dict, "lora": bool, "soft_prompts": bool}
+_LORA = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": list}
+_KEPT_BY_PEFT = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")  # what a config says of its origin
+LARGEST_RANK = 4096
+
+
+def adapter_config(folder: str | Path) -> dict:
+    "Contents of `discriminative.json`; InputError names the field that is wrong."
+    path = Path(folder) / CONFIG_NAME
+    try:
+        config = read_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; so not a model that can embed: save the adapter again") from None
+    wrong = [name for name, kind in _ADAPTER.items() if type(config.get(name)) is not kind]
+    if not wrong and (set(config["prompt"]) != {"image", "text"} or not all(isinstance(v, str) for v in config["prompt"].values())):
+        wrong = ["prompt"]
+    if wrong:
+        raise InputError(f"{path}: not a model that can embed: not the config of an adapter, field {wrong[0]!r} is missing or of another kind; save the adapter again")
+    return config
+
+
+def lora_config(folder: str | Path) -> LoraConfig:
+    "What `adapter_config.json` says of rank, scale, dropout and layers; InputError for anything else that it asks for."
+    path = Path(folder) / "adapter_config.json"
+    given, usual = read_object(path), LoraConfig().to_dict()
+    wrong = [name for name, kind in _LORA.items() if not isinstance(given.get(name), kind) or isinstance(given[name], bool)]
+    wrong += [name for name, value in given.items() if name not in (*_LORA, *_KEPT_BY_PEFT) and value and value != usual.get(name)]
+    if not wrong:
+        in_range = {"r": 0 < given["r"] <= LARGEST_RANK, "lora_dropout": 0 <= given["lora_dropout"] < 1, "target_modules": all(isinstance(t, str) for t in given["target_modules"])}
+        wrong = [name for name, holds in in_range.items() if not holds]
+    if wrong:
+        raise InputError(f"{path}: not a LoRA that this package writes: field {wrong[0]!r} is {given.get(wrong[0])!r:.80}; save the adapter again")
+    return LoraConfig(**{name: given[name] for name in _LORA}, bias="none")
+
+
+# %% ../nbs/06_embedder.ipynb #257e62f6
+@contextmanager
+def loading(folder: str | Path) -> Iterator[None]:
+    "Whatever transformers, safetensors or json make of a damaged model folder becomes an InputError that names it."
+    quiet_loading()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, a SigLIP, an image-text-to-text model or an adapter") from None
+
 # %% ../nbs/06_embedder.ipynb #359a5066
 @method_of(DiscriminativeLVLM)
 @classmethod
@@ -368,7 +671,7 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
     folder = find_model(folder)
     if not (folder / CONFIG_NAME).exists():
         return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = adapter_config(folder)
     beside = config["base"].startswith("../")
     name = str(base or (os.path.normpath(folder / config["base"]) if beside else config["base"]))
     self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
@@ -385,10 +688,18 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         return check_finite(load_file(folder / name), folder)
 
     if config["lora"]:
-        self.lora = LoraConfig.from_pretrained(folder)
-        inject_adapter_in_model(self.lora, self.model)
-        fold_small_layers(self.model)
-        set_peft_model_state_dict(self.model, read("adapter_model.safetensors"), adapter_name="default")
+        self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
+        try:
+            inject_adapter_in_model(self.lora, self.model)
+            fold_small_layers(self.model)
+            loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
+        except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
+            raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None
+        if strange := [*(k for k in loaded.missing_keys if "lora_" in k), *loaded.unexpected_keys]:
+            raise InputError(f"{folder}: not a model that can embed: tensor {strange[0]} of its adapter is missing or has no place in the base; save it again")
     if config["soft_prompts"]:
-        self.soft_prompts = SoftPrompts(**read("soft_prompts.safetensors"))
+        vectors, width = read("soft_prompts.safetensors"), self.model.get_input_embeddings().embedding_dim
+        if set(vectors) != {"image", "text"} or any(v.ndim != 2 or v.shape[1] != width for v in vectors.values()):
+            raise InputError(f"{folder}: not a model that can embed: soft_prompts.safetensors must hold image and text, each tokens x {width}; save it again")
+        self.soft_prompts = SoftPrompts(**vectors)
     return self.requires_grad_(False).eval()

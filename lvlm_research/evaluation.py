@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +19,18 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .backbones import quiet_loading
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, write_beside
-from .embedder import CONFIG_NAME, DiscriminativeLVLM, in_batches, opened
-from .families import check_finite, check_weights, read_config
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, distinct, loading, opened
+from .families import check_complete, check_finite, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
 from .public_benchmarks import YesNo, text_only_scores
+from .reading import npz_arrays
 
 # %% auto #0
-__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'tidy_rows',
-           'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'collapsed',
+           'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -43,7 +44,7 @@ class Embedder(Protocol):
 DUAL_ENCODERS = ("clip", "metaclip_2", "siglip", "siglip2")
 
 
-class ClipEmbedder:
+class ClipEmbedder(Encodes):
     "Any transformers CLIP, SigLIP or SigLIP 2 folder."
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
@@ -53,33 +54,40 @@ class ClipEmbedder:
     def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
         folder = find_model(folder)
         check_weights(folder)
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model, loading = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        check_complete(loading, folder)
         check_finite(model.state_dict(), folder)
-        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
 
-    @torch.inference_mode()
-    def encode_image(self, images: list, batch_size: int = 64, progress: bool = False) -> torch.Tensor:
-        def encode(batch: list) -> torch.Tensor:
-            pixels = self.processor.image_processor(opened(batch), return_tensors="pt").to(self.model.device)  # as the folder says; SigLIP 2's processor overrules it
-            return F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
+    def prepared(self, items: list, modality: str) -> dict[str, torch.Tensor]:
+        "Pixels of opened pictures, or token ids of captions, on the model's device."
+        made = self._tokens(items) if modality == "text" else self.processor.image_processor(items, return_tensors="pt")  # as the folder says; SigLIP 2's processor overrules it
+        return {name: tensor.to(self.model.device) for name, tensor in made.items()}
 
-        return in_batches(images, batch_size, encode, progress=progress)
+    def read_out(self, batch: dict[str, torch.Tensor], modality: str) -> torch.Tensor:
+        "Projected features `(B, D)`, not normalised."
+        features = self.model.get_text_features if modality == "text" else self.model.get_image_features
+        return features(**batch).pooler_output.float()
 
-    @torch.inference_mode()
-    def encode_text(self, texts: list[str], batch_size: int = 256, progress: bool = False) -> torch.Tensor:
-        def encode(batch: list[str]) -> torch.Tensor:
-            tokens = {name: t.to(self.model.device) for name, t in self._tokens(batch).items()}
-            return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+    @property
+    def _room(self) -> tuple[int, bool]:
+        "Tokens of a text that the model reads, and whether its tokenizer ends a text with the end token."
+        ends = self.processor.tokenizer("a").input_ids[-1] == self.processor.tokenizer.eos_token_id
+        longest = self.model.config.text_config.max_position_embeddings
+        return longest if ends or self.model.config.model_type.startswith("siglip") else longest - 1, ends
 
-        return in_batches(texts, batch_size, encode, length=len, progress=progress)
+    def count_cut(self, texts: list[str]) -> int:
+        "How many captions are longer than the text tower reads; only those are tokenized that have bytes enough."
+        room, _ = self._room
+        likely = [t for t in texts if len(t.encode()) > room // 2]
+        return sum(len(ids) > room for ids in self.processor.tokenizer(likely, verbose=False).input_ids) if likely else 0
 
     def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         "Token ids as the family was trained on them, and for CLIP the mask."
-        tokenizer, longest = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
+        tokenizer, (room, ends) = self.processor.tokenizer, self._room
         if self.model.config.model_type.startswith("siglip"):
-            return {"input_ids": tokenizer(texts, truncation=True, max_length=longest, padding="max_length", return_tensors="pt").input_ids}
-        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
-        ids = tokenizer(texts, truncation=True, max_length=longest if ends else longest - 1).input_ids
+            return {"input_ids": tokenizer(texts, truncation=True, max_length=room, padding="max_length", return_tensors="pt").input_ids}
+        ids = tokenizer(texts, truncation=True, max_length=room).input_ids
         ids = ids if ends else [row + [tokenizer.eos_token_id] for row in ids]
         return dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
@@ -89,16 +97,10 @@ def load_embedder(
     prompt: Prompt = SUMMARY,  # of a plain LVLM; an adapter has its own, a CLIP none
 ) -> Embedder:
     "A CLIP, a SigLIP, an LVLM or a trained adapter, whatever the folder holds."
-    quiet_loading()
     folder = find_model(folder)
     is_clip = (folder / "config.json").is_file() and read_config(folder).model_type in DUAL_ENCODERS
-    try:
+    with loading(folder):
         embedder = ClipEmbedder.from_pretrained(folder) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt)
-    except InputError:
-        raise
-    except Exception as error:  # whatever transformers, safetensors or json make of a damaged folder
-        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{folder}: not a model that can embed ({cause}); give a CLIP, a SigLIP, an image-text-to-text model or an adapter") from None
     (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
     return embedder
 
@@ -131,16 +133,9 @@ def _row(score: Score, benchmark: str, draws: int, **run: str) -> dict:
 
 
 def _unique(lists: list[list]) -> tuple[list, list[np.ndarray]]:
-    "All different items (by identity for pictures, by value for strings) and each list's indices into them."
-    index, items, rows = {}, [], []
-    for values in lists:
-        keys = [v if isinstance(v, str) else id(v) for v in values]
-        for key, value in zip(keys, values):
-            if key not in index:
-                index[key] = len(items)
-                items.append(value)
-        rows.append(np.array([index[k] for k in keys]))
-    return items, rows
+    "All different items and each list's indices into them."
+    items, places = distinct(item for values in lists for item in values)
+    return items, np.split(places, np.cumsum([len(values) for values in lists])[:-1])
 
 
 Scores = dict[str, list[Score]]  # per benchmark, the per-item values of every metric
@@ -156,12 +151,20 @@ def score_suite(embedder: Embedder, suite: list[Benchmark], progress: bool = Fal
     return scores
 
 
+def collapsed(embeddings: torch.Tensor, distance: float = 0.01) -> bool:
+    "Whether different inputs all have the same embedding `(N, D)`: none is further than this from the first."
+    return len(embeddings) > 1 and bool((embeddings - embeddings[0]).norm(dim=-1).max() < distance)
+
+
 def _score_embedded(embedder: Embedder, suite: list[Benchmark], progress: bool) -> Scores:
     images, image_rows = _unique([b.images for b in suite])
     texts, text_rows = _unique([b.texts for b in suite])
     image, text = embedder.encode_image(images, progress=progress), embedder.encode_text(texts, progress=progress)
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
-        raise ValueError("the model returned NaN or infinite embeddings: nothing can be scored")
+        raise InputError("the model returned NaN or infinite embeddings, so nothing can be scored; fetch or train its weights again")
+    for what, embeddings in (("pictures", image), ("texts", text)):
+        if collapsed(embeddings):
+            warnings.warn(f"collapsed: the embeddings of all {len(embeddings):,} {what} are alike, so every score is chance")
     scores: Scores = {}
     for bench, i, t in zip(suite, image_rows, text_rows):
         scores[bench.name] = scores.get(bench.name, []) + bench.score(image[i], text[t])
@@ -281,5 +284,5 @@ def save_scores(scores: Scores, file: str | Path) -> Path:
 
 def load_scores(file: str | Path) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray | None]]:
     "(benchmark, subset, metric) -> per-item values and their groups."
-    with np.load(file) as arrays:
+    with npz_arrays(file) as arrays:
         return {tuple(key.split("|")): (arrays[key], arrays[f"{key}|groups"] if f"{key}|groups" in arrays else None) for key in arrays if key.count("|") == 2}

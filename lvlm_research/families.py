@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -17,11 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from .backbones import quiet_loading
-from .config import InputError, find_model
+from .config import InputError, find_model, read_object
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor', 'read_config',
-           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'load_lvlm']
+           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -71,8 +70,8 @@ PLAIN_TEMPLATES = {
 def _named_processor(folder: Path, config: PreTrainedConfig) -> str:
     "The processor class that a folder asks for, or the one of its family."
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        if (folder / file).is_file() and (name := json.loads((folder / file).read_text()).get("processor_class")):
-            return name
+        if (folder / file).is_file() and (name := read_object(folder / file).get("processor_class")):
+            return str(name)
     return PROCESSOR_MAPPING_NAMES[config.model_type]
 
 
@@ -80,7 +79,7 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
     "Processor of a model folder, with PIL in place of torchvision; InputError says what is missing."
     folder = Path(folder)
     try:
-        processor = picture_processor(_named_processor(folder, config)).from_pretrained(folder, backend="pil")
+        processor = picture_processor(_named_processor(folder, config)).from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # a file is missing or damaged, or a class wants torchvision or another package
@@ -98,16 +97,18 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     "Config of a model folder that transformers knows without running code from the folder."
     path = Path(folder) / "config.json"
     try:
-        given = json.loads(path.read_text())
-        kind, remote = given.get("model_type"), "auto_map" in given
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a model config ({error}); give a folder written by save_pretrained") from None
+        given = read_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; so not a model config: give a folder written by save_pretrained") from None
+    kind, remote = str(given.get("model_type")), "auto_map" in given
     if kind not in CONFIG_MAPPING:
         mend = "needs code from the folder (auto_map), which is never run; use a version converted to transformers' classes" if remote else \
             f"model_type {kind!r} is not known to transformers {transformers_version}"
         raise InputError(f"{path}: not a model that can embed: {mend}")
+    if named := sorted(key for part in (given, *(v for v in given.values() if isinstance(v, dict))) for key in part if key.endswith("attn_implementation")):
+        raise InputError(f"{path}: not a model that can embed: {named[0]} may name code to be fetched and run; remove the field")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers checks the values of a config in many places
         raise InputError(f"{path}: not a model config ({' '.join(str(error).split())[:120]}); give a folder written by save_pretrained") from None
 
@@ -167,6 +168,12 @@ def check_finite(tensors: dict[str, torch.Tensor], folder: str | Path) -> dict[s
     return tensors
 
 
+def check_complete(loading: dict, folder: str | Path) -> None:
+    "InputError if transformers found no weights for a part of the model, which it would fill with random numbers."
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"{folder}: not a model that can embed: its weights lack {missing[0]} and {len(missing) - 1} more tensors; fetch or save them again")
+
+
 def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
     "A generative checkpoint and its processor, without remote code, pickles and torchvision; InputError says why a folder is refused."
     quiet_loading()
@@ -178,6 +185,7 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[P
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     check_weights(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    check_complete(loading, folder)
     check_finite(model.state_dict(), folder)
     return model, load_processor(folder, config)

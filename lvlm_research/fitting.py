@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .config import write_beside
+from .config import InputError, check_space, write_beside
 
 # %% auto #0
-__all__ = ['Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'StopWhenLost', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
@@ -140,6 +140,7 @@ class KeepState(L.Callback):
 
     def __init__(self, file: Path, owner: str, every: float):
         self.file, self.owner, self.every, self.written = file, owner, every, time.monotonic()
+        self.step = 0  # of the state in the file
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["owner"] = self.owner
@@ -148,7 +149,7 @@ class KeepState(L.Callback):
         if time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps:
             with write_beside(self.file) as part:
                 trainer.save_checkpoint(part)
-            self.written = time.monotonic()
+            self.written, self.step = time.monotonic(), trainer.global_step
 
 
 def _bytes(value) -> Iterator[bytes]:
@@ -185,6 +186,38 @@ def _step_of(file: Path, owner: str) -> int:
         print(f"{file}: not a state to go on from ({type(error).__name__}); training starts anew")
         return 0
 
+# %% ../nbs/05a_fitting.ipynb #0175a70d
+EXPLODED = 1000.0  # times the first loss, or times 1 if that was smaller
+
+
+class StopWhenLost(L.Callback):
+    "Ends a training with InputError before a step whose loss or gradient is no number, or whose loss has exploded."
+
+    def __init__(self, kept: KeepState | None):
+        self.kept, self.limit, self.records = kept, math.inf, ()
+
+    def on_train_batch_start(self, trainer, module, batch, index: int) -> None:
+        self.records = getattr(batch, "records", ())
+
+    def on_before_backward(self, trainer, module, loss: torch.Tensor) -> None:
+        value = float(loss.detach())
+        if self.limit == math.inf and math.isfinite(value):
+            self.limit = EXPLODED * max(value, 1.0)
+        if not value <= self.limit or math.isinf(value):
+            self.stop(trainer, f"the loss is {value:.4g}")
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if trainer.precision != "16-mixed" and gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self.stop(trainer, "the gradient is NaN or infinite")
+
+    def stop(self, trainer, fault: str) -> None:
+        "InputError that says where the training stopped, and what is left of it."
+        state = f"the last good state, of step {self.kept.step}, is {self.kept.file}" if self.kept and self.kept.step else "no state was kept"
+        batch = f" on records {'; '.join(self.records)}" if self.records else ""
+        raise InputError(f"training stopped before step {trainer.global_step}: {fault}{batch}; {state}; lower the learning rate, or look at these records")
+
+
 # %% ../nbs/05a_fitting.ipynb #17f82c7f
 def fit(
     module: FitModule,
@@ -196,12 +229,16 @@ def fit(
     keep: Path | None = None,  # file of the state to go on from
     every: float = 120.0,  # seconds between two writes of it
 ) -> FitModule:
-    "Train for a number of steps on one device, or on from the state in `keep`, and return the module, in evaluation mode and on the CPU."
+    "Train for a number of steps on one device, or on from the state in `keep`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
     owner = _owner(module, draw, steps, precision) if keep else ""
     first = _step_of(keep, owner) if keep else 0
+    kept = KeepState(keep, owner, every) if keep else None
     if first:
         print(f"going on from step {first} of {steps}")
-    callbacks = [*(callbacks or []), *([KeepState(keep, owner, every)] if keep else [])]  # the last to see a step
+        kept.step = first
+    if keep:  # weights and two moments, beside the state before
+        check_space(Path(keep).parent, 6 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
+    callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(max_steps=steps, accelerator="auto", devices=1, precision=precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks)

@@ -9,7 +9,6 @@ import atexit
 import csv
 import io
 import itertools
-import json
 import os
 import shutil
 import tarfile
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from json.decoder import WHITESPACE
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,44 +27,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
 
-from .config import InputError
-from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records, json_object
+from .config import InputError, check_file, check_space, json_object, utf8, visible
+from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import open_image
+from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
-__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'JsonStream', 'read_json',
-           'read_json_lines', 'read_coco', 'read_table', 'read_captions_folder', 'read_tar', 'read_files',
-           'read_parquet', 'recognise', 'read_records', 'sort_captions', 'DataReport', 'data_report', 'shuffled',
-           'picture_bytes', 'record_pairs']
+__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'PICTURE', 'UNPACKED',
+           'PICTURES_OF_A_GROUP', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines', 'read_coco',
+           'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise', 'read_records',
+           'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
 
 # %% ../nbs/03a_formats.ipynb #cb979fa8
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 IMAGE_FIELDS = ("image", "Image Path", "filepath", "file_name")  # LLaVA and BLIP, DreamLIP, open_clip, imagefolder
 CAPTION_FIELDS = ("txt", "caption", "captions", "text", "title", "raw_caption", "org_caption", "re_caption", "short_caption", "long_caption",
                   *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")))  # DreamLIP: InstructBLIP, ShareGPT4V, LLaVA
+TEXTS, LABELS = 2**20, 1000  # bytes of all texts of a record; its labels
 
 
 def _row(where: str, captions: list[str], image: str | None, at: Sequence[int] = (), labels: dict | None = None) -> dict:
     "A record as it is kept. `at` is empty for a picture in a file of its own, (offset, bytes) in a tar, (row group, row) in a parquet."
     labels = labels or {}
     try:
-        "".join([where, image or "", *captions, *labels, *labels.values()]).encode()
+        size = len("".join([where, image or "", *captions, *labels, *labels.values()]).encode())
     except UnicodeEncodeError:
-        readable = where.encode(errors="replace").decode()
-        raise InputError(f"{readable}: a text or a name holds half a character (a lone surrogate); correct or remove the record") from None
+        raise InputError(f"{where}: a text or a name holds half a character (a lone surrogate); correct or remove the record") from None
+    if any("\0" in name for name in labels):
+        raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
+    if size > TEXTS or len(labels) > LABELS:
+        raise InputError(f"{where}: has {size:,} bytes of text and {len(labels):,} labels, more than {TEXTS:,} and {LABELS:,}; is this training data?")
     return labels | {"where": where, "captions": [c for c in map(str.strip, captions) if c], "image": image, "at": list(at)}
-
-
-def _below(root: Path, name: object, where: str) -> str:
-    "The path of a picture below the root, which is absolute. Links below the root are followed, as people spread pictures over disks; names must not climb."
-    if not isinstance(name, str):
-        raise InputError(f"{where}: the picture must be one path, found {type(name).__name__}")
-    if "://" in name:
-        raise InputError(f"{where}: {name[:80]} is a link; download the pictures first, for example with img2dataset, whose output is read as it is")
-    path = os.path.normpath(os.path.join(root, name))
-    if not path.startswith(os.path.join(root, "")):
-        raise InputError(f"{where}: picture {name!r} lies outside {root}; give the folder that it is in as 'images'")
-    return path
 
 
 def _first_answer(conversation: object, where: str) -> str:
@@ -104,97 +95,12 @@ def _has_captions(names: Sequence[str], where: str, fields: Sequence[str]) -> No
 def _record(values: dict, where: str, root: Path, fields: Sequence[str]) -> dict:
     "A record that names its picture by a path; None for the picture if it names none."
     name = next((values[field] for field in IMAGE_FIELDS if values.get(field)), None)
-    return _row(where, _captions(values, where, fields), name and _below(root, name, where), labels=_labels(values, fields))
-
-# %% ../nbs/03a_formats.ipynb #da1cc683
-@contextmanager
-def _reading(file: Path):
-    "A text file; InputError if it is not UTF-8."
-    with open(file, encoding="utf-8-sig", newline="") as handle:
-        try:
-            yield handle
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-
-
-class JsonStream:
-    "Reads one JSON document value by value; in memory are a window of its text and the value at hand."
-
-    BLOCK, LARGEST = 2**20, 2**26  # characters: read at once; of one value
-
-    def __init__(self, handle: io.TextIOBase, file: Path):
-        self.handle, self.file, self.text, self.at, self.values = handle, file, "", 0, 0
-        self.decode = json.JSONDecoder().raw_decode
-
-    def fault(self, what: str) -> InputError:
-        "The error to raise here."
-        return InputError(f"{self.file}, after {self.values} records: not valid JSON ({what}); correct it or copy the file again")
-
-    def more(self) -> bool:
-        "Move the window on, doubling what has not been used; False at the end of the file."
-        block = self.handle.read(max(self.BLOCK, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at :] + block, 0
-        return bool(block)
-
-    def peek(self) -> str:
-        "The next character that is not white space; empty at the end."
-        while True:
-            self.at = WHITESPACE.match(self.text, self.at).end()
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at : self.at + 1]
-
-    def take(self, allowed: str) -> str:
-        "The next character, which must be one of these."
-        if not (found := self.peek()) or found not in allowed:
-            raise self.fault(f"expected {' or '.join(allowed)}, found {found or 'the end of the file'}")
-        self.at += 1
-        return found
-
-    def value(self) -> object:
-        "The value that begins here."
-        self.peek()
-        while True:
-            try:
-                value, end = self.decode(self.text, self.at)
-            except json.JSONDecodeError as error:  # broken, or it goes on beyond the window
-                if len(self.text) - self.at > self.LARGEST or not self.more():
-                    raise self.fault(error.msg) from None
-                continue
-            except (ValueError, RecursionError):
-                raise self.fault("nested too deeply, or a number of too many digits") from None
-            if end < len(self.text) or not self.more():  # a number may go on beyond the window
-                self.at = end
-                return value
-
-    def items(self) -> Iterator:
-        "The values of the list that begins here."
-        self.take("[")
-        closed = self.peek() == "]" and self.take("]")
-        while not closed:
-            yield self.value()
-            self.values += 1
-            closed = self.take(",]") == "]"
-
-    def members(self) -> Iterator[tuple[str, object]]:
-        "(key, value) of the object that begins here; a list comes as (key, item), one by one."
-        self.take("{")
-        closed = self.peek() == "}" and self.take("}")
-        while not closed:
-            key = self.value()
-            self.take(":")
-            yield from ((key, value) for value in (self.items() if self.peek() == "[" else [self.value()]))
-            closed = self.take(",}") == "}"
-
-    def end(self) -> None:
-        "InputError if the document goes on."
-        if found := self.peek():
-            raise self.fault(f"expected the end, found {found}; a file with one object a line must be named .jsonl")
+    return _row(where, _captions(values, where, fields), name and path_below(root, name, where), labels=_labels(values, fields))
 
 # %% ../nbs/03a_formats.ipynb #943048ea
 def read_json(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
     "Records of a JSON list: LLaVA conversations, or objects with a picture and captions."
-    with _reading(file) as handle:
-        stream = JsonStream(handle, file)
+    with json_stream(file) as stream:
         for number, values in enumerate(stream.items(), 1):
             yield _json_record(values, f"{file}, record {number}", root, fields)
         stream.end()
@@ -202,10 +108,8 @@ def read_json(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
 
 def read_json_lines(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
     "The same, one object a line."
-    with _reading(file) as handle:
-        for number, line in enumerate(handle, 1):
-            where = f"{file}, line {number}"
-            yield _json_record(json_object(line, where), where, root, fields)
+    for where, values in json_lines(file):
+        yield _json_record(values, where, root, fields)
 
 
 def _json_record(values: object, where: str, root: Path, fields: Sequence[str]) -> dict:
@@ -217,32 +121,15 @@ def _json_record(values: object, where: str, root: Path, fields: Sequence[str]) 
 
 def read_coco(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
     "One record a picture, with all its captions, in the order of `images`."
-    names, captions = {}, defaultdict(list)
-    with _reading(file) as handle:
-        stream = JsonStream(handle, file)
-        for key, item in stream.members():
-            try:
-                if key == "images":
-                    names[item["id"]] = item["file_name"]
-                elif key == "annotations":
-                    captions[item["image_id"]].append("" + item["caption"])  # a TypeError unless it is text
-            except (KeyError, TypeError):
-                needed = "id and file_name" if key == "images" else "image_id and caption (a text)"
-                raise InputError(f"{file}, {key}, after {stream.values} records: an entry needs {needed}; is this a file of captions?") from None
-        stream.end()
-    if not names or not captions:
-        raise InputError(f"{file}: an object without {'images' if not names else 'annotations'}, so not COCO captions; {_formats()}")
-    if unknown := captions.keys() - names.keys():
-        raise InputError(f"{file}: captions of picture {min(unknown, key=str)}, which 'images' does not list; correct the file")
-    for number, name in names.items():
-        where = f"{file}, image {number}"
-        yield _row(where, captions.get(number, []), _below(root, name, where), labels={"id": str(number)})
+    for picture in coco_pictures(file):
+        yield _row(picture.where, picture.captions, path_below(root, picture.name, picture.where), labels={"id": str(picture.number)})
 
 
 def read_table(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
     "Rows of a CSV or TSV file with a header."
-    with _reading(file) as handle:
-        rows = csv.DictReader(handle, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+    with text_file(file, newline="") as handle:
+        lines = (line for _, line in text_lines(handle, file))
+        rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             _has_captions(rows.fieldnames or [], file, fields)
             _has_pictures(rows.fieldnames, file)
@@ -266,13 +153,32 @@ def read_captions_folder(folder: Path, root: Path, fields: Sequence[str]) -> Ite
         yield _row(where, values["captions"], values["image"], labels=_labels(values, fields))
 
 # %% ../nbs/03a_formats.ipynb #af33eb92
+LONG_NAME = 2**20  # bytes of a header that holds a name or pax fields
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+class _Member(tarfile.TarInfo):
+    "A header of a tar, refused before its contents are read."
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        member = super().frombuf(buf, encoding, errors)
+        is_name = member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if member.size < 0 or member.type == tarfile.GNUTYPE_SPARSE or (is_name and member.size > LONG_NAME):
+            raise tarfile.ReadError(f"member {member.name!r} states a size of {member.size:,} bytes, or is sparse")
+        return member
+
+
 @contextmanager
 def _tar(file: Path):
     "An uncompressed tar."
+    check_file(file)
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(file, "r:", tarinfo=_Member) as tar:
             yield tar
-    except tarfile.TarError as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # a header that is no number, or a thousand headers of a header
         raise InputError(f"{file}: not a whole, plain tar ({error}); unpack a compressed one (gunzip), copy a broken one again") from None
 
 
@@ -283,10 +189,12 @@ def _members(tar: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{file}: member {member.name!r} climbs out of the archive; pack it again with plain names")
-        if member.isfile():
+        if member.isfile() and not member.issparse():
+            if path.suffix.lower() in COMPRESSED:
+                raise InputError(f"{file}: member {member.name!r} is compressed; pack it as it is")
             yield member
         elif not member.isdir():
-            raise InputError(f"{file}: member {member.name!r} is a link or a device; pack the file itself")
+            raise InputError(f"{file}: member {member.name!r} is a link, a device or sparse; pack the file itself")
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
         raise InputError(f"{file}: ends in the middle, or is damaged, at byte {tar.offset}; copy or make it again")
@@ -294,12 +202,20 @@ def _members(tar: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
 
 def _sample(where: str, image: str | None, at: Sequence[int], texts: dict[str, Callable[[], bytes]], fields: Sequence[str]) -> dict:
     "A picture and what lies beside it under the same name: `txt`, a caption, and `json`, fields."
-    values = json_object(texts["json"](), f"{where}.json") if "json" in texts else {}
-    try:
-        values |= {"txt": texts["txt"]().decode("utf-8-sig")} if "txt" in texts else {}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}.txt: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    found = {suffix: utf8(read(), f"{where}.{suffix}") for suffix, read in texts.items()}
+    values = json_object(found["json"], f"{where}.json") if "json" in found else {}
+    values |= {"txt": found["txt"]} if "txt" in found else {}
     return _row(where, _captions(values, where, fields), image, at, _labels(values, fields))
+
+
+PICTURE = 2**28  # bytes of a picture in an archive
+
+
+def _check_sizes(parts: dict[str, int], where: str) -> None:
+    "InputError for texts or pictures (suffix -> bytes) that are too large to be any."
+    for suffix, size in parts.items():
+        if size > (PICTURE if suffix in PICTURES else RECORD):
+            raise InputError(f"{where}.{suffix}: has {size:,} bytes; is this a {'picture' if suffix in PICTURES else 'text'}?")
 
 
 def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
@@ -309,6 +225,7 @@ def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
             parts = {os.path.basename(m.name).partition(".")[2].lower(): m for m in group}
             picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
             texts = {suffix: tar.extractfile(parts[suffix]).read for suffix in ("txt", "json") if suffix in parts}
+            _check_sizes({suffix: m.size for suffix, m in parts.items() if m is picture or suffix in texts}, f"{file}, {os.path.join(folder, stem)}")
             if picture or texts:
                 at = (picture.offset_data, picture.size) if picture else ()
                 yield _sample(f"{file}, {os.path.join(folder, stem)}", str(file) if picture else None, at, texts, fields)
@@ -316,13 +233,19 @@ def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
 
 
 def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
-    "Pictures in a folder and in the folders in it, each with a .txt or .json of the same name."
-    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        files = sorted((p for p in place.iterdir() if p.suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
+    "Pictures in a folder and in all folders below it, each with a .txt or .json of the same name."
+    for place, inner, names in os.walk(folder):
+        inner.sort()
+        place = Path(place)
+        files = sorted((place / name for name in names if Path(name).suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
         for stem, group in itertools.groupby(files, lambda p: p.stem):
             parts = {p.suffix[1:].lower(): p for p in group}
             if picture := next((parts[suffix] for suffix in PICTURES if suffix in parts), None):
                 texts = {suffix: parts[suffix].read_bytes for suffix in ("txt", "json") if suffix in parts}
+                for part in parts.values():
+                    path_below(folder, os.path.relpath(part, folder), folder, "file")
+                    check_file(part)
+                _check_sizes({suffix: parts[suffix].stat().st_size for suffix in texts}, str(place / stem))
                 yield _sample(str(place / stem), str(picture), (), texts, fields)
         yield from _failed(Path(f"{place}.parquet"))
 
@@ -332,9 +255,30 @@ def _parquet(file: str | Path):
     "An open parquet file."
     try:
         with pq.ParquetFile(file) as opened:
+            if opened.metadata.num_rows > os.path.getsize(file):
+                raise InputError(f"{file}: claims {opened.metadata.num_rows:,} rows, more than it has bytes; copy or make it again")
             yield opened
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:100]}); copy or make it again") from None
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # a text that is not UTF-8, a date that is none ...
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(f"{file}: not a readable parquet file ({cause}); copy or make it again") from None
+
+
+UNPACKED = 2**28  # bytes of rows that are unpacked together
+PICTURES_OF_A_GROUP = 2**31  # bytes
+
+
+def _column_bytes(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    "Bytes of these columns of a row group, unpacked, as the file states them."
+    chunks = (opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns))
+    return sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
+
+
+def _parquet_rows(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[dict]:
+    "Rows of a row group, as many at a time as memory allows even if each holds the largest value."
+    size = min(1000, max(1, UNPACKED // max(_column_bytes(opened, group, columns), 1)))
+    return itertools.chain.from_iterable(batch.to_pylist() for batch in opened.iter_batches(size, [group], columns))
 
 
 def _bytes_column(schema: pa.Schema) -> str | None:
@@ -354,8 +298,7 @@ def read_parquet(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
             _has_pictures(names, file)
         number = itertools.count(1)
         for group in range(opened.num_row_groups):
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in opened.iter_batches(1000, [group], names))
-            for row, values in enumerate(rows):
+            for row, values in enumerate(_parquet_rows(opened, group, names)):
                 where = f"{file}, row {next(number)}"
                 if not pictures:
                     yield _record(values, where, root, fields)
@@ -373,9 +316,10 @@ def _has_failed(values: dict) -> bool:
 def _failed(sidecar: Path) -> Iterator[dict]:
     "Records without a picture, from the table that img2dataset puts beside a shard; there need not be one."
     if sidecar.is_file():
+        path_below(sidecar.parent, sidecar.name, sidecar.parent, "table")
         with _parquet(sidecar) as opened:
             names = [name for name in ("key", "status") if name in opened.schema_arrow.names]
-            for values in itertools.chain.from_iterable(batch.to_pylist() for batch in opened.iter_batches(1000, columns=names)):
+            for values in itertools.chain.from_iterable(_parquet_rows(opened, group, names) for group in range(opened.num_row_groups)):
                 if _has_failed(values):
                     yield _row(f"{sidecar}, {values.get('key')} ({values['status']})", [], None)
 
@@ -404,10 +348,13 @@ def recognise(path: Path) -> tuple[Callable, list[Path]]:
             return read_captions_folder, [path]
         if shards := sorted(path.glob("*.tar")):
             return read_tar, shards
-        if any(p.suffix[1:].lower() in PICTURES for pattern in ("*", "*/*") for p in path.glob(pattern)):
+        has_pictures = lambda pattern: any(p.suffix[1:].lower() in PICTURES for p in path.glob(pattern))
+        if has_pictures("*") or has_pictures("*/*"):
             return read_files, [path]
         if shards := sorted(path.glob("*.parquet")):
             return read_parquet, shards
+        if has_pictures("**/*"):
+            return read_files, [path]
     elif not path.is_file():
         raise InputError(f"{path}: no such file or folder; give the path of training data")
     elif not path.stat().st_size:
@@ -415,9 +362,9 @@ def recognise(path: Path) -> tuple[Callable, list[Path]]:
     elif reader := _SUFFIXES.get(path.suffix.lower()):
         return reader, [path]
     elif path.suffix.lower() == ".json":
-        with _reading(path) as handle:
-            first = JsonStream(handle, path).peek()
-        if first in ("[", "{"):
+        with json_stream(path) as stream:
+            first = stream.peek()
+        if first and first in ("[", "{"):
             return (read_json if first == "[" else read_coco), [path]
     raise InputError(f"{path}: not recognised; {_formats()}")
 
@@ -436,6 +383,10 @@ def read_records(
     if images and not Path(images).is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     root = Path(os.path.abspath(images or (path if path.is_dir() else path.parent)))
+    if path.is_file() and reader not in (read_tar, read_parquet):  # which are mostly pictures
+        check_space(tempfile.gettempdir(), path.stat().st_size, f"a copy of the captions of {path.name}")
+    for file in files if path.is_dir() and files != [path] else []:
+        path_below(path, file.name, path, "shard")
     records = itertools.chain.from_iterable(reader(file, root, fields) for file in files)
     return _on_disk(records, path, next(name for name, function in FORMATS.items() if function is reader))
 
@@ -450,9 +401,13 @@ def _on_disk(records: Iterator[dict], path: Path, name: str) -> Dataset:
     folder = tempfile.mkdtemp(prefix="lvlm-records-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = itertools.chain([first], records)
-    with pa.OSFile(f"{folder}/records.arrow", "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(itertools.islice(rows, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    try:
+        with pa.OSFile(f"{folder}/records.arrow", "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while batch := list(itertools.islice(rows, 1000)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    except BaseException:  # the rest of a run need not carry half a file
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return Dataset.from_file(f"{folder}/records.arrow", info=DatasetInfo(description=f"{path}, read as {name}"))
 
 # %% ../nbs/03a_formats.ipynb #585f2350
@@ -502,8 +457,8 @@ class DataReport:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        named = f" (first: {'; '.join(self.examples)})" if self.examples else ""
-        return (f"data        {self.records:,} records; {self.source}\n"
+        named = visible(f" (first: {'; '.join(self.examples)})") if self.examples else ""
+        return (f"data        {self.records:,} records; {visible(self.source)}\n"
                 f"pictures    {self.missing:,} missing, {self.without_picture:,} records without one{named}\n"
                 f"captions    {self.captions:,}: {self.short:,} short (< {SHORT_TOKENS} tokens), {self.long:,} long (to {LONG_TOKENS}), "
                 f"{self.too_long:,} over {LONG_TOKENS} (not used, never cut), {self.empty:,} of no tokens; {self.without_caption:,} records have none\n"
@@ -568,7 +523,10 @@ def shuffled(items: Iterator, rng: np.random.Generator, buffer: int = BUFFER) ->
 def _row_group(file: str, group: int) -> pa.ChunkedArray:
     "The pictures of one row group."
     with _parquet(file) as opened:
-        return opened.read_row_group(group, [_bytes_column(opened.schema_arrow)]).column(0)
+        column = _bytes_column(opened.schema_arrow)
+        if (size := _column_bytes(opened, group, [column])) > PICTURES_OF_A_GROUP:
+            raise InputError(f"{file}: row group {group} holds {size:,} bytes of pictures; write groups of some hundred rows")
+        return opened.read_row_group(group, [column]).column(0)
 
 
 def picture_bytes(
@@ -603,7 +561,7 @@ def _pair(record: dict, tokenizer, rng: np.random.Generator) -> Pair | None:
         warnings.warn(f"left out: {error}")
         return None
     choose = lambda options: options[rng.integers(len(options))] if options else None
-    return Pair(image, choose(short), choose(long))
+    return Pair(image, choose(short), choose(long), record["where"])
 
 
 def _by_step(make: Callable[[], Iterator]) -> Callable[[int], object]:

@@ -10,25 +10,47 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
 __all__ = ['info_nce', 'Temperature', 'text_contrast', 'token_losses', 'next_token_loss']
 
 # %% ../nbs/08_losses.ipynb #7ef4a553
+def _row_terms(
+    queries: torch.Tensor,  # (b, D)
+    keys: torch.Tensor,  # (K, D)
+    scale: torch.Tensor | float,
+    target: torch.Tensor,  # (b,), which key belongs to each query
+    same: tuple[torch.Tensor, torch.Tensor] | None,  # caption numbers of queries (b,) and of the first keys
+) -> torch.Tensor:
+    "Sum of the cross-entropies of some rows of the matrix of similarities."
+    logits = scale * queries @ keys.T
+    if same is not None:
+        equal = same[0][:, None] == same[1]
+        equal[torch.arange(len(target), device=target.device), target] = False
+        logits = logits.masked_fill(F.pad(equal, (0, len(keys) - equal.shape[1])), -torch.inf)
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
 def info_nce(
     image: torch.Tensor,  # (B, D) unit-norm
     text: torch.Tensor,  # (B, D) unit-norm, row k belongs to image k
     scale: torch.Tensor | float,  # inverse temperature
-    same: torch.Tensor | None = None,  # (B, B) bool: pairs with equal captions, which are no negatives of each other
+    caption: torch.Tensor | None = None,  # (B,) whole numbers, equal for equal captions, which are no negatives of each other
     negatives: torch.Tensor | None = None,  # (M, D) unit-norm texts that belong to no image (NegCLIP): further columns for every image
+    rows: range | None = None,  # rows whose terms this process adds; None: all
+    block: int = 2048,  # rows of the matrix of similarities that exist at a time
 ) -> torch.Tensor:
     "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
-    logits = scale * image.float() @ text.float().T
-    if same is not None:
-        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    rows = logits if negatives is None else torch.cat([logits, scale * image.float() @ negatives.float().T], 1)
-    return F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)
+    image, text = image.float(), text.float()
+    texts, rows = text if negatives is None else torch.cat([text, negatives.float()]), range(len(image)) if rows is None else rows
+    terms = [0.0 * image.sum() + 0.0 * texts.sum()]  # a process may have no rows
+    for queries, keys in ((image, texts), (text, image)):
+        for start in range(rows.start, rows.stop, block):
+            part = torch.arange(start, min(start + block, rows.stop), device=image.device)
+            arguments = queries[part], keys, scale, part, None if caption is None else (caption[part], caption)
+            terms.append(_row_terms(*arguments) if len(rows) <= block else checkpoint(_row_terms, *arguments, use_reentrant=False))
+    return torch.stack(terms).sum() / len(image)
 
 
 class Temperature(nn.Module):
@@ -56,12 +78,14 @@ def text_contrast(
 def token_losses(
     states: torch.Tensor,  # final-norm states (B, T, D)
     labels: torch.Tensor,  # (B, T) token ids, -100 where nothing is predicted; position i is predicted from position i - 1
-    head: nn.Module,  # the language-model head; it runs only where something is predicted
+    head: nn.Module,  # the language-model head
+    only_predicted: bool = True,  # it runs only where something is predicted
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Negative log-likelihood in nats of each of the M predicted tokens `(M,)`, and the row of the batch that it stands in `(M,)`."
     states, labels = states[:, :-1], labels[:, 1:]
     keep = labels != -100
-    return F.cross_entropy(head(states[keep]).float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
+    logits = head(states[keep]) if only_predicted else head(states)[keep]
+    return F.cross_entropy(logits.float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
 
 
 def next_token_loss(states: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:

@@ -19,8 +19,12 @@ def expected_hits(
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[int, np.ndarray]:
     "Per query, the probability that a relevant candidate is among the first k when ties are broken at random; ValueError on NaN, which compares as neither higher nor lower."
+    if not scores.numel():
+        raise ValueError(f"no items: {scores.shape[0]} queries and {scores.shape[1]} candidates have no score")
     if not torch.isfinite(scores).all():
         raise ValueError("similarities are not finite: the model returned NaN or infinite embeddings")
+    if not relevant.any(1).all():
+        raise ValueError(f"query {int((~relevant.any(1)).nonzero()[0, 0])} has no relevant candidate, so it can be neither right nor wrong")
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     above = (scores > best).sum(1)
     tied = scores == best
@@ -41,6 +45,8 @@ def _hit_probability(slots: torch.Tensor, size: torch.Tensor, good: torch.Tensor
 
 def chance(k: int, candidates: int, relevant: int = 1) -> float:
     "Hit probability of a random order: what a constant embedder scores."
+    if not 0 < relevant <= candidates:
+        raise ValueError(f"no items: {relevant} relevant ones among {candidates} candidates")
     return _hit_probability(*(torch.tensor([v]) for v in (k, candidates, relevant))).item()
 
 
@@ -53,7 +59,7 @@ def hits_by_number(
     entries: int = 2**25,  # similarities held at a time
 ) -> dict[int, np.ndarray]:
     "`expected_hits`, a block of queries at a time: the similarities of 25,010 captions to 5,000 pictures alone are 0.5 GB, and there are masks of the same shape."
-    rows = max(1, entries // len(candidates))
+    rows = max(1, entries // max(len(candidates), 1))
     wanted, given = (torch.as_tensor(numbers, device=queries.device) for numbers in (query_numbers, candidate_numbers))
     blocks = [expected_hits(q.float() @ candidates.float().T, w[:, None] == given, ks) for q, w in zip(queries.split(rows), wanted.split(rows))]
     return {k: np.concatenate([b[k] for b in blocks]) for k in ks}
@@ -71,7 +77,9 @@ def retrieval_hits(
 
 # %% ../nbs/11_metrics.ipynb #3f6c8623
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Row-wise similarity `(N,)` of unit-norm embeddings, in float64 so that equal inputs tie."
+    "Row-wise similarity `(N,)` of unit-norm embeddings, in float64 so that equal inputs tie; ValueError for no rows."
+    if not len(a):
+        raise ValueError("no items: nothing can be compared")
     return (a.double() * b.double()).sum(-1)
 
 
@@ -94,6 +102,8 @@ def text_only(first: torch.Tensor, second: torch.Tensor, negative: torch.Tensor)
 # %% ../nbs/11_metrics.ipynb #e51e84ad
 def winoground(image: torch.Tensor, text: torch.Tensor) -> dict[str, np.ndarray]:
     "Text, image and group score per item, from `(N, 2, D)` embeddings; all comparisons strict."
+    if not len(image):
+        raise ValueError("no items: nothing can be compared")
     s = image.double() @ text.double().transpose(1, 2)  # (item, image, caption)
     right_text = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     right_image = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
@@ -112,9 +122,11 @@ def bootstrap_mean(
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    "Mean over categories of their means, and both ends of its 95 % interval (stratified bootstrap); ValueError for a category without items."
-    if not all(map(len, parts)):
+    "Mean over categories of their means, and both ends of its 95 % interval (stratified bootstrap); ValueError for a category without items, or a score that is no number."
+    if not parts or not all(map(len, parts)):
         raise ValueError("no items: a mean over an empty set has no interval")
+    if not all(np.isfinite(np.asarray(values, float)).all() for values in parts):
+        raise ValueError("a score is NaN or infinite: its mean says nothing")
     rng, columns = np.random.default_rng(seed), []
     for values, group in zip(parts, groups or [None] * len(parts)):
         values = np.asarray(values, float)
@@ -140,6 +152,8 @@ def paired_difference(
 # %% ../nbs/11_metrics.ipynb #d7627711
 def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     "Spearman's correlation of two `(N,)` series (ties share their mean rank), with a 95 % bootstrap interval over the N points."
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f"{len(x)} and {len(y)} points have no rank correlation: give the same number, at least two")
     rng = np.random.default_rng(seed)
 
     def spearman(rows: np.ndarray) -> float:

@@ -5,6 +5,7 @@
 # %% ../nbs/14_plotting.ipynb #6fde031c
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -14,13 +15,14 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
 from .config import write_beside
 from .reproduce import join_intervals
 
 # %% auto #0
-__all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'plot_curves', 'plot_rows', 'draw_box', 'draw_arrow',
-           'to_markdown', 'save_table']
+__all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'contact_sheet', 'plot_curves', 'plot_rows',
+           'draw_box', 'draw_arrow', 'to_markdown', 'save_table']
 
 # %% ../nbs/14_plotting.ipynb #eedd7f3a
 MODEL_NAMES = {"clip": "CLIP", "clip-large": "CLIP, larger", "clip-equal": "CLIP, equal pairs", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
@@ -43,6 +45,21 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
             figure.savefig(part, metadata=metadata, bbox_inches="tight", dpi=110)
         paths.append(Path(folder) / f"{name}.{suffix}")
     return paths
+
+# %% ../nbs/14_plotting.ipynb #3475c925
+def contact_sheet(rows: list[tuple[str, list[tuple[Image.Image, str]]]], size: float = 1.3) -> Figure:
+    "A row of pictures, each under a line of text, for every (name, [(picture, line), ...]); `size` is that of a picture, in inches."
+    columns = max(len(pictures) for _, pictures in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns, (size + 0.35) * len(rows)), squeeze=False)
+    for (name, pictures), line in zip(rows, axes):
+        for ax in line:
+            ax.axis("off")
+        for ax, (picture, text) in zip(line, pictures):
+            ax.imshow(picture)
+            ax.set_title(text, fontsize=7)
+        line[0].text(0, 1.25, textwrap.shorten(name, 60 * columns // 4), transform=line[0].transAxes, fontsize=9, weight="bold")
+    figure.subplots_adjust(hspace=0.55, wspace=0.08)
+    return figure
 
 # %% ../nbs/14_plotting.ipynb #1d5cc344
 def plot_curves(history: pd.DataFrame, columns: list[str], ylabel: str, ax: plt.Axes | None = None, window: int = 1) -> plt.Axes:

@@ -5,17 +5,16 @@
 # %% ../nbs/02_prompts.ipynb #1ee6a5ce
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .config import InputError
+from .config import InputError, read_json
 
 # %% auto #0
-__all__ = ['SUMMARY', 'Prompt', 'read_prompts', 'SoftPrompts']
+__all__ = ['SUMMARY', 'PROMPT_TOKEN', 'Prompt', 'read_prompts', 'SoftPrompts']
 
 # %% ../nbs/02_prompts.ipynb #90656690
 @dataclass(frozen=True)
@@ -32,13 +31,13 @@ class Prompt:
 
 SUMMARY = Prompt("summary of the picture in one word:", "summary of the sentence in one word:")
 
+# %% ../nbs/02_prompts.ipynb #a4c38943
+PROMPT_TOKEN = "<|{}_prompt_{}|>"  # modality, number
+
 # %% ../nbs/02_prompts.ipynb #f4a3a653
 def read_prompts(file: str | Path) -> list[Prompt]:
     "Prompt pairs of a JSON list of `{\"image\": ..., \"text\": ...}`; InputError names the entry that is wrong."
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a readable JSON file ({error})") from None
+    entries = read_json(file)
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{file}: expected a list of {{\"image\": ..., \"text\": ...}}")
     for number, entry in enumerate(entries, 1):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -20,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .benchmarks import Benchmark, Classification, Pairs, Retrieval, Score, Winoground
-from .config import InputError
+from .config import InputError, read_json, read_text
 from .metrics import pair_accuracy
+from .reading import coco_pictures, field_of, json_lines, json_stream, path_below, text_file
 from .scenes import NEGATIVE_TYPES
 
 # %% auto #0
@@ -32,58 +32,21 @@ __all__ = ['NOCAPS_DOMAINS', 'IMAGENET_FILES', 'POPE_SETS', 'CAPTION_RULES', 'TA
            'text_only_scores']
 
 # %% ../nbs/04a_public_benchmarks.ipynb #62918d86
-def _text(file: Path) -> str:
-    "Contents of a text file that holds something."
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); give the benchmark's file, or its folder, with --data") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text (byte {error.start}); fetch it again") from None
-    if not text.strip():
-        raise InputError(f"{file}: empty; fetch it again")
-    return text
-
-
-def _parse(text: str, where: object) -> object:
-    "JSON of a file or of a line."
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}); fetch the file again") from None
-
-
-def _lines(file: Path) -> list[tuple[str, object]]:
-    "(place, record) of a file with one JSON object a line."
-    placed = ((f"{file}, line {i}", line) for i, line in enumerate(_text(file).split("\n"), 1) if line.strip())
-    return [(where, _parse(line, where)) for where, line in placed]
-
-
-def _rows(text: str, file: Path) -> list[tuple[str, list[str]]]:
+def _rows(file: Path) -> list[tuple[str, list[str]]]:
     "(place, cells) of a CSV below its header."
     try:
-        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+        rows = [row for row in csv.reader(io.StringIO(read_text(file), newline="")) if row]
     except csv.Error as error:
         raise InputError(f"{file}: not a CSV ({error}); fetch it again") from None
     return [(f"{file}, row {i}", row) for i, row in enumerate(rows[1:], 2)]
 
-
-_KINDS = {str: "a text", list: "a list", int: "a whole number"}
-
-
-def _field(record: object, name: str, where: object, kind: type = str):
-    "A field of a record; InputError if it is absent, of another kind or empty."
-    value = record.get(name) if isinstance(record, dict) else None
-    if type(value) is not kind or (kind is not int and not value) or (kind is str and not value.strip()):
-        raise InputError(f"{where}: needs a field {name!r} with {_KINDS[kind]}; compare it with the published file")
-    return value
 
 # %% ../nbs/04a_public_benchmarks.ipynb #e3ca263d
 def _all_of(data: Path, names: list[str] | tuple[str, ...]) -> list[Path]:
     "Files that must all lie in a folder."
     if missing := [n for n in names if not (data / n).is_file()]:
         raise InputError(f"{data}: lacks {', '.join(missing)}; give the folder that holds {', '.join(names)} with --data")
-    return [data / n for n in names]
+    return [Path(path_below(data, n, data, "file")) for n in names]
 
 
 def _one_of(data: Path, names: tuple[str, ...]) -> Path:
@@ -93,14 +56,7 @@ def _one_of(data: Path, names: tuple[str, ...]) -> Path:
     found = [data / n for n in names if (data / n).is_file()]
     if len(found) != 1:
         raise InputError(f"{data}: holds {len(found)} of {', '.join(names)}; give one file with --data")
-    return found[0]
-
-
-def _picture(folder: Path, name: str, where: object) -> str:
-    "Path of a picture below a folder."
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise InputError(f"{where}: picture {name!r} lies outside the folder of pictures; correct the name")
-    return str(folder / name)
+    return Path(path_below(data, found[0].name, data, "file"))
 
 
 def check_pictures(suite: list[Benchmark]) -> None:
@@ -120,58 +76,60 @@ class Captioned(NamedTuple):
     domain: str = ""
 
 
-def _placed(records: list, where: object) -> list[tuple[str, object]]:
-    "(place, record) of a list."
-    return [(f"{where}, record {i}", r) for i, r in enumerate(records, 1)]
-
-
-def _of_karpathy(data: dict, file: Path) -> list[Captioned]:
+def _of_karpathy(file: Path) -> list[Captioned]:
     "Karpathy's JSON holds all splits; a COCO record also names the folder of its picture."
-    records = [(where, r) for where, r in _placed(_field(data, "images", file, list), f"{file}, images") if _field(r, "split", where) == "test"]
+    with json_stream(file) as stream:
+        images = (r for key, r in stream.members() if key == "images")
+        placed = ((f"{file}, images, record {i}", r) for i, r in enumerate(images, 1))
+        records = [(where, r) for where, r in placed if field_of(r, "split", where) == "test"]
+        stream.end()
     if not records:
         raise InputError(f"{file}: no picture has the split 'test'; fetch it again")
-    name = lambda r, where: "/".join(_field(r, key, where) for key in ("filepath", "filename") if key in r or key == "filename")
-    return [Captioned(name(r, where), [_field(s, "raw", where) for s in _field(r, "sentences", where, list)], where) for where, r in records]
+    name = lambda r, where: "/".join(field_of(r, key, where) for key in ("filepath", "filename") if key in r or key == "filename")
+    return [Captioned(name(r, where), [field_of(s, "raw", where) for s in field_of(r, "sentences", where, list)], where) for where, r in records]
 
 
-def _of_blip(data: list, file: Path) -> list[Captioned]:
+def _of_blip(file: Path) -> list[Captioned]:
     "BLIP's and LAVIS's JSON: a list of a picture with all its captions."
-    captions = lambda r, where: [_field({"caption": c}, "caption", where) for c in _field(r, "caption", where, list)]
-    return [Captioned(_field(r, "image", where), captions(r, where), where) for where, r in _placed(data, file)]
+    captions = lambda r, where: [field_of({"caption": c}, "caption", where) for c in field_of(r, "caption", where, list)]
+    with json_stream(file) as stream:
+        placed = ((f"{file}, record {i}", r) for i, r in enumerate(stream.items(), 1))
+        found = [Captioned(field_of(r, "image", where), captions(r, where), where) for where, r in placed]
+        stream.end()
+    return found
 
 
-def _of_coco(data: dict, file: Path) -> list[Captioned]:
+def _of_coco(file: Path) -> list[Captioned]:
     "COCO's own JSON, whole or cut to a split; nocaps adds a domain."
-    found = {_field(r, "id", where, int): Captioned(_field(r, "file_name", where), [], where, r.get("domain", ""))
-             for where, r in _placed(_field(data, "images", file, list), f"{file}, images")}
-    if len(found) < len(data["images"]):
-        raise InputError(f"{file}: two images have the same id; fetch it again")
-    for where, r in _placed(_field(data, "annotations", file, list), f"{file}, annotations"):
-        if _field(r, "image_id", where, int) not in found:
-            raise InputError(f"{where}: image_id {r['image_id']} is not among the images; fetch the file again")
-        found[r["image_id"]].captions.append(_field(r, "caption", where))
-    return list(found.values())
+    return [Captioned(p.name, [field_of({"caption": c}, "caption", p.where) for c in p.captions], p.where, p.domain) for p in coco_pictures(file)]
 
 
-def _of_csv(text: str, file: Path) -> list[Captioned]:
+def _of_csv(file: Path) -> list[Captioned]:
     "CLIP_benchmark's CSV: a caption a row. A caption with commas may be quoted or not."
     found: dict[str, Captioned] = {}
-    for where, (picture, *caption) in _rows(text, file):
+    for where, (picture, *caption) in _rows(file):
         record = {"image": picture, "caption": ",".join(caption)}
-        found.setdefault(_field(record, "image", where), Captioned(picture, [], where)).captions.append(_field(record, "caption", where))
+        found.setdefault(field_of(record, "image", where), Captioned(picture, [], where)).captions.append(field_of(record, "caption", where))
     return list(found.values())
+
+
+def _form(file: Path) -> Callable[[Path], list[Captioned]]:
+    "The reader for a file, by how it begins and by the first of its images."
+    with text_file(file) as handle:
+        if handle.read(13) == "image,caption":
+            return _of_csv
+    with json_stream(file) as stream:
+        if not (first := stream.peek()):
+            raise InputError(f"{file}: empty; fetch it again")
+        if first == "[":
+            return _of_blip
+        image = next((r for key, r in stream.members() if key == "images"), None)
+    return _of_karpathy if isinstance(image, dict) and "file_name" not in image and {"split", "filename", "sentences"} & image.keys() else _of_coco
 
 
 def read_captions(file: Path) -> list[Captioned]:
     "Pictures with their captions from any of the four published forms, which are told apart by what they hold."
-    text = _text(file)
-    if text.startswith("image,caption"):
-        found = _of_csv(text, file)
-    elif isinstance(data := _parse(text, file), list):
-        found = _of_blip(data, file)
-    else:
-        found = (_of_coco if isinstance(data, dict) and "annotations" in data else _of_karpathy)(data, file)
-    first: dict[str, Captioned] = {}
+    found, first = _form(file)(file), {}
     for f in found:
         if not f.captions:
             raise InputError(f"{f.where}: picture {f.picture!r} has no caption; add one or remove the record")
@@ -181,11 +139,12 @@ def read_captions(file: Path) -> list[Captioned]:
         raise InputError(f"{file}: no records; fetch it again")
     return found
 
+
 # %% ../nbs/04a_public_benchmarks.ipynb #1ae4d205
 def _gallery(name: str, subset: str, found: list[Captioned], images: Path) -> Retrieval:
     "Retrieval over these pictures and all their captions."
     texts, numbers = [c for f in found for c in f.captions], np.repeat(np.arange(len(found)), [len(f.captions) for f in found])
-    return Retrieval(name, [_picture(images, f.picture, f.where) for f in found], texts, numbers, subset)
+    return Retrieval(name, [path_below(images, f.picture, f.where) for f in found], texts, numbers, subset)
 
 
 def read_gallery(name: str, files: tuple[str, ...], data: Path, images: Path) -> list[Benchmark]:
@@ -225,13 +184,13 @@ class CaptionChoice(Benchmark):
 
 def _category(file: Path, kind: type, fields: tuple[str, ...], images: Path) -> tuple[list[str], list[str], np.ndarray]:
     "Pictures, texts (a list a field, one after the other) and names of the pictures of the items of one file."
-    data = _parse(_text(file), file)
+    data = read_json(file)
     if type(data) is not kind or not data:
         raise InputError(f"{file}: no items of this task; files of SugarCrepe hold an object (--task sugarcrepe), of SugarCrepe++ a list (--task sugarcrepe_pp)")
-    items = [(f"{file}, key {key!r}", r) for key, r in data.items()] if kind is dict else _placed(data, file)
-    names = [_field(r, "filename", where) for where, r in items]
-    texts = [_field(r, name, where) for name in fields for where, r in items]
-    return [_picture(images, name, where) for name, (where, _) in zip(names, items)], texts, np.array(names)
+    items = [(f"{file}, key {key!r}", r) for key, r in data.items()] if kind is dict else [(f"{file}, record {i}", r) for i, r in enumerate(data, 1)]
+    names = [field_of(r, "filename", where) for where, r in items]
+    texts = [field_of(r, name, where) for name in fields for where, r in items]
+    return [path_below(images, name, where) for name, (where, _) in zip(names, items)], texts, np.array(names)
 
 
 def read_sugarcrepe(data: Path, images: Path) -> list[Benchmark]:
@@ -250,10 +209,10 @@ def read_sugarcrepe_pp(data: Path, images: Path) -> list[Benchmark]:
 # %% ../nbs/04a_public_benchmarks.ipynb #1cbb4d0c
 def read_winoground(data: Path, images: Path) -> list[Benchmark]:
     "The items of Winoground; tags are the published coarse kind of exchange."
-    items, both = _lines(_one_of(data, ("examples.jsonl",))), (0, 1)
-    pictures = [_picture(images, f"{_field(r, f'image_{i}', where)}.png", where) for where, r in items for i in both]
-    texts = [_field(r, f"caption_{i}", where) for where, r in items for i in both]
-    return [Winoground("winoground", pictures, texts, [_field(r, "collapsed_tag", where) for where, r in items])]
+    items, both = list(json_lines(_one_of(data, ("examples.jsonl",)))), (0, 1)
+    pictures = [path_below(images, f"{field_of(r, f'image_{i}', where)}.png", where) for where, r in items for i in both]
+    texts = [field_of(r, f"caption_{i}", where) for where, r in items for i in both]
+    return [Winoground("winoground", pictures, texts, [field_of(r, "collapsed_tag", where) for where, r in items])]
 
 
 class PictureChoice(Winoground):
@@ -266,7 +225,7 @@ class PictureChoice(Winoground):
 def _questions(file: Path) -> list[tuple[str, int, str, str]]:
     "(place, number, type, statement) of MMVP-VLM's CSV."
     found = []
-    for where, row in _rows(_text(file), file):
+    for where, row in _rows(file):
         if len(row) != 3 or not row[0].strip().isdecimal() or not all(cell.strip() for cell in row):
             raise InputError(f"{where}: needs three columns, the number of the question, its type and a statement; compare it with the published file")
         found.append((where, int(row[0]), row[1].strip(), row[2]))
@@ -281,7 +240,7 @@ def read_mmvp_vlm(data: Path, images: Path) -> list[Benchmark]:
     for (where, first, kind, _), (_, second, other, _) in zip(rows[::2], rows[1::2]):
         if first % 2 == 0 or second != first + 1 or kind != other:
             raise InputError(f"{where}: questions {first} and {second} are no pair; an odd number and the next one, of one type, must follow each other")
-    pictures = [_picture(images, f"{kind}/{number}.jpg", where) for where, number, kind, _ in rows]
+    pictures = [path_below(images, f"{kind}/{number}.jpg", where) for where, number, kind, _ in rows]
     return [PictureChoice("mmvp_vlm", pictures, [f"a photo of {statement}" for *_, statement in rows], [kind for _, _, kind, _ in rows[::2]])]
 
 # %% ../nbs/04a_public_benchmarks.ipynb #a4d60e80
@@ -290,7 +249,7 @@ IMAGENET_FILES = ("classnames.json", "templates_openai80.json", "wnids_sorted.tx
 
 def _strings(file: Path) -> list[str]:
     "A JSON list of texts."
-    values = _parse(_text(file), file)
+    values = read_json(file)
     if not isinstance(values, list) or not values or not all(isinstance(v, str) and v for v in values):
         raise InputError(f"{file}: must hold a list of texts; write it again")
     return values
@@ -299,13 +258,13 @@ def _strings(file: Path) -> list[str]:
 def read_imagenet(data: Path, images: Path) -> list[Benchmark]:
     "Zero-shot classification with all templates, with one, and with the bare names, over a folder with one folder a class."
     names_file, templates_file, ids_file = _all_of(data, IMAGENET_FILES)
-    names, templates, ids = _strings(names_file), _strings(templates_file), _text(ids_file).split()
+    names, templates, ids = _strings(names_file), _strings(templates_file), read_text(ids_file).split()
     if len(ids) != len(names) or ids != sorted(set(ids)):
         raise InputError(f"{ids_file}: must hold {len(names)} different ids, one a line, sorted, in the order of {names_file.name}; write it again")
     if strange := next((t for t in templates if "{}" not in t), None):
         raise InputError(f"{templates_file}: template {strange!r} has no place {{}} for the name; add it")
-    folders = [Path(_picture(images, i, ids_file)) for i in ids]
-    found = [sorted(str(p) for p in folder.glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")) for folder in folders]
+    folders = [Path(path_below(images, i, ids_file)) for i in ids]
+    found = [sorted(path_below(images, f"{i}/{p.name}", i) for p in folder.glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")) for i, folder in zip(ids, folders)]
     if empty := [str(folder) for folder, pictures in zip(folders, found) if not pictures]:
         count = f"{len(empty):,} of {len(ids):,}"
         raise InputError(f"{count} class folders are missing or hold no picture, first {empty[0]!r}; give the folder they are in with --images")
@@ -346,11 +305,11 @@ def read_pope(data: Path, images: Path) -> list[Benchmark]:
     "The three sets of questions on COCO."
     suite = []
     for kind, file in zip(POPE_SETS, _all_of(data, [f"coco_pope_{kind}.json" for kind in POPE_SETS])):
-        rows = _lines(file)
-        if strange := next((where for where, r in rows if _field(r, "label", where) not in ("yes", "no")), None):
+        rows = list(json_lines(file))
+        if strange := next((where for where, r in rows if field_of(r, "label", where) not in ("yes", "no")), None):
             raise InputError(f"{strange}: field 'label' must be yes or no; compare it with the published file")
-        names = [_field(r, "image", where) for where, r in rows]
-        pictures, questions = [_picture(images, n, where) for n, (where, _) in zip(names, rows)], [_field(r, "text", where) for where, r in rows]
+        names = [field_of(r, "image", where) for where, r in rows]
+        pictures, questions = [path_below(images, n, where) for n, (where, _) in zip(names, rows)], [field_of(r, "text", where) for where, r in rows]
         suite.append(YesNo("pope", pictures, questions, np.array([r["label"] == "yes" for _, r in rows]), kind, np.array(names)))
     return suite
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, check_card, profile_of, root, sha256, write_text
+from .config import InputError, check_card, profile_of, read_object, root, sha256, write_text
 from .reproduce import RESULTS_VERSION, stages
 from .tables import readme_table
 
@@ -30,8 +30,8 @@ def reference_folder(profile: str) -> Path:
     profile = profile_of(profile).name
     folder = root() / "data" / "reference" / profile
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = read_object(folder / "manifest.json")
+    except InputError:
         raise InputError(f"{folder}: holds no readable manifest.json, so there is nothing to check profile {profile!r} against") from None
     if manifest.get("format") != RESULTS_VERSION or manifest.get("profile") != profile:
         raise InputError(f"{folder}: is of format {manifest.get('format')} and profile {manifest.get('profile')!r}, this version writes format {RESULTS_VERSION} for {profile!r}; make the reference anew with `lvlm-research reproduce`")
@@ -61,9 +61,9 @@ def check_finished(results: Path, profile: str) -> Path:
     "The results folder, if its run may become a reference: whole, of that profile, on code that is in a commit and, at cpu, from the committed base. InputError otherwise."
     results, update = Path(results).resolve(), f"run `lvlm-research update --profile {profile}` first"
     try:
-        manifest = json.loads((results / "manifest.json").read_text())
-        revision = manifest["run"]["revision"]
-    except (OSError, ValueError, KeyError):
+        manifest = read_object(results / "manifest.json")
+        revision = str(manifest["run"]["revision"])
+    except (InputError, KeyError, TypeError):
         raise InputError(f"{results}: holds no finished run (no readable manifest.json); {update}") from None
     if manifest.get("profile") != profile:
         raise InputError(f"{results}: holds results of profile {manifest.get('profile')!r}, not {profile!r}")
@@ -76,7 +76,7 @@ def check_finished(results: Path, profile: str) -> Path:
     return results
 
 # %% ../nbs/15a_reference.ipynb #6d9164d5
-PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv", "models/base/facts.json")
+PUBLISHED = ("rows.csv", "claims.csv", "manifest.json", "status/report.json", "tables/*", "measures/*", "figures/*.svg", "prompts/*", "captions/*", "items/*", "models/long/curves.csv", "models/both/curves.csv", "models/base/facts.json")
 ADAPTERS = ("vladva", "e5v")  # that notebooks read when they are opened alone
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import InputError, available_cores, check_card, profile_of, root, run_identity, sha256, write_text
+from .config import InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, visible, write_text
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
-           'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
+           'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
            'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
            'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
            'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
@@ -287,8 +287,8 @@ def _owner(profile: str) -> dict:
 def _mark(folder: Path) -> dict:
     "Whose results folder it is."
     try:
-        return dict(json.loads((folder / "profile.json").read_text()))
-    except (ValueError, TypeError):
+        return read_object(folder / "profile.json")
+    except InputError:
         raise InputError(f"{folder / 'profile.json'}: not readable; remove the results folder and reproduce again") from None
 
 
@@ -384,6 +384,9 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     return status
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
+SPACE = {"micro": 2e8, "mini": 5e8, "small": 1e9}  # bytes: the cpu profile leaves 35 MB, its trainings keep states while they run
+
+
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
@@ -417,10 +420,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 def is_current(stage: Stage, folder: Path) -> bool:
     "Has the stage run with this code, these parameters and these inputs, and is all it wrote still there?"
     try:
-        status = json.loads((folder / status_file(stage.name)).read_text())
-    except (OSError, ValueError):
+        status = read_object(folder / status_file(stage.name))
+        hashes = {**status.get("reads", {}), **status.get("writes", {})}
+    except (InputError, TypeError):  # no status, or an edited one
         return False
-    hashes = status.get("reads", {}) | status.get("writes", {})
     return (status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
             and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
 
@@ -438,6 +441,7 @@ def run_graph(
     needed_for(only or "report", stages(profile))
     if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
         raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
+    check_space(results or root() / "results", int(SPACE[profile_of(profile).size]), f"a run of profile {profile_of(profile).name}")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
         if fresh:
@@ -486,8 +490,10 @@ RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of 
 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
-    status = [json.loads(p.read_text()) for kind in ("status", "failures") for p in sorted((results / kind).glob("*.json"))]
-    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": {s.pop("stage"): s for s in status}}
+    status = {p.stem: read_object(p) for kind in ("status", "failures") for p in sorted((results / kind).glob("*.json"))}
+    for entry in status.values():
+        entry.pop("stage", None)
+    return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": status}
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """
@@ -511,7 +517,7 @@ def join_intervals(header: list[str], rows: list[list[str]]) -> tuple[list[str],
 
 def _table(name: str, header: list[str], rows: Iterable[list[str]]) -> str:
     "A table of class `name` that scrolls where the page is narrow."
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(visible(cell))}</{tag}>" for cell in row) + "</tr>"
     return f"<div class=scroll><table class={html.escape(name)}><thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table></div>"
 
 
@@ -555,7 +561,8 @@ def plain_table_html(csv_path: Path, columns: list[str]) -> str:
 def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]) -> str:
     "The page; a section is (heading, note, ready html)."
     parts = [f"<h2>{html.escape(h)}</h2><p class=note>{html.escape(note)}</p>{content}" for h, note, content in sections]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    rules = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    head = f"<meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"{rules}\"><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(parts)}</body></html>\n"
 
 # %% ../nbs/15_reproduce.ipynb #b3183e1d
@@ -565,10 +572,10 @@ INTRO = "Profile {profile}: procedural scenes and micro models trained here. The
 def _missing(results: Path, stage: str) -> str:
     "A line for an item that this run has not made."
     try:
-        status = json.loads((results / failure_file(stage)).read_text())
-    except (OSError, ValueError):
+        status = read_object(results / failure_file(stage))
+    except InputError:
         status = {}
-    reason = status.get("error") or "something that it needs was not made, see the notebooks with an error in this results folder"
+    reason = visible(str(status.get("error") or "")) or "something that it needs was not made, see the notebooks with an error in this results folder"
     return f"<p class=missing>missing: {html.escape(reason)}</p>"
 
 

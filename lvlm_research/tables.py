@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import root, write_beside
+from .config import read_object, root, write_beside
 from .plotting import MODEL_NAMES
 
 # %% auto #0
@@ -62,7 +62,7 @@ def save_measures(
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
     "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
-    read = lambda name: json.loads((results / "models" / name / "card.json").read_text()) if (results / "models" / name / "card.json").is_file() else {}
+    read = lambda name: read_object(results / "models" / name / "card.json") if (results / "models" / name / "card.json").is_file() else {}
     clip = read("clip")
     taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
     origins = {"clip": taught, "clip-large": taught, "clip-equal": taught, "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}

@@ -5,17 +5,20 @@
 # %% ../nbs/09_training.ipynb #1ee6a5ce
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .datasets import JointBatch, TextBatch
-from .embedder import DiscriminativeLVLM
+from .embedder import DiscriminativeLVLM, Sequences
 from .fitting import FitModule
+from .large_batches import cached_loss, everyones, processes, remembered, total
 from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Variant', 'prepare', 'Discriminative', 'trainable_parameters', 'TextContrastive']
+__all__ = ['VARIANTS', 'Contrast', 'Variant', 'prepare', 'Discriminative', 'draws_random_numbers', 'trainable_parameters',
+           'TextContrastive']
 
 # %% ../nbs/09_training.ipynb #6d92942e
 @dataclass(frozen=True)
@@ -54,24 +57,80 @@ def prepare(
     return embedder
 
 # %% ../nbs/09_training.ipynb #a0998832
+Contrast = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of image and text embeddings
+
+
 class Discriminative(FitModule):
     "Joint training step; the frozen base never receives a gradient."
 
-    def __init__(self, embedder: DiscriminativeLVLM, ar_weight: float = 0.0, **optimiser):
+    def __init__(
+        self,
+        embedder: DiscriminativeLVLM,
+        ar_weight: float = 0.0,
+        cache_rows: int = 0,  # rows whose graph exists at a time (notebook 08a); 0: all
+        **optimiser,
+    ):
         super().__init__(**optimiser)
-        self.embedder, self.ar_weight, self.temperature = embedder, ar_weight, Temperature()
+        self.embedder, self.ar_weight, self.cache_rows, self.temperature = embedder, ar_weight, cache_rows, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
-        image, next_token = self.embedder.embed_and_predict(batch.image.to(self.device))
-        loss = self.ar_weight * next_token
-        if batch.text is not None:
-            text = self.embedder.embed(batch.text.to(self.device), "text")
-            contrastive = info_nce(image[batch.has_short.to(self.device)], text, self.temperature(), batch.same.to(self.device))
-            self.note(contrastive=contrastive, scale=self.temperature(), pairs=len(text))
-            loss = loss + contrastive
+        tokens = total(int((batch.image.labels != -100).sum()), self.device)  # that the next-token loss is the mean of, over all processes
+        scale, caption, has_short = self.temperature(), everyones(batch.caption.to(self.device))[0], batch.has_short.to(self.device)
+
+        def contrast(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            (image, rows), (text, _) = everyones(image[has_short]), everyones(text)
+            if not len(caption):
+                return 0.0 * (image.sum() + text.sum())
+            return processes() * info_nce(image, text, scale, caption, rows=rows)
+
+        contrastive, next_token = (self._cached if self.cache_rows else self._at_once)(batch, contrast, tokens)
+        if len(caption):
+            equal = (caption[:, None] == caption).sum().item() / len(caption)
+            self.note(contrastive=contrastive, scale=scale, pairs=len(caption), negatives=len(caption) - equal)
         if self.ar_weight:
             self.note(next_token=next_token)
-        return loss
+        return contrastive + self.ar_weight * processes() * next_token
+
+    def _at_once(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Contrastive and next-token loss with one graph."
+        image, next_token = self.embedder.embed_and_predict(batch.image, tokens)
+        text = image[:0] if batch.text is None else self.embedder.embed(batch.text, "text")
+        idle = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # every process has a gradient for everything, which DistributedDataParallel wants
+        return contrast(image, text) + idle, next_token
+
+    def _cached(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "The same with the graph of a few rows at a time; the gradients of both losses come with the first."
+        images, texts, number = self.embedder.chunks(batch.image, self.cache_rows), [], torch.zeros(0, dtype=torch.long)
+        if batch.text is not None:
+            different, number = self.embedder.different_texts(batch.text)
+            texts = self.embedder.chunks(different, self.cache_rows)
+        order, order_of_texts = (torch.cat([torch.zeros(0, dtype=torch.long), *(index for index, _ in chunks)]).argsort() for chunks in (images, texts))
+        parts = [*(self._image_part(chunk, tokens) for _, chunk in images), *(self._text_part(chunk) for _, chunk in texts)]
+        loss_of = lambda e: contrast(e[: len(order)][order], e[len(order) :][order_of_texts][number])
+        contrastive, weighted = cached_loss(parts, loss_of, [p for p in self.parameters() if p.requires_grad])
+        return contrastive, weighted / (self.ar_weight * processes()) if self.ar_weight else weighted
+
+    def _image_part(self, chunk: Sequences, tokens: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        "Embeds pictures; the first pass needs no captions, unless random numbers have to be drawn as in the second."
+        features = []
+
+        def part() -> tuple[torch.Tensor, torch.Tensor]:
+            with remembered(self.embedder.model, features):
+                if torch.is_grad_enabled() or draws_random_numbers(self.embedder):
+                    image, next_token = self.embedder.embed_and_predict(chunk, tokens)
+                    return image, self.ar_weight * processes() * next_token
+                return self.embedder.embed(chunk.prompts(), "image"), torch.zeros(())
+
+        return part
+
+    def _text_part(self, chunk: Sequences) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda: (self.embedder.embed(chunk, "text"), torch.zeros((), device=self.device))
+
+
+def draws_random_numbers(embedder: DiscriminativeLVLM) -> bool:
+    "Whether a forward pass in training drops anything."
+    dropped = getattr(embedder.model.config.get_text_config(), "attention_dropout", 0.0)
+    return bool(dropped) or any(isinstance(m, torch.nn.Dropout) and m.p for m in embedder.modules())
 
 
 def trainable_parameters(module: torch.nn.Module) -> int:
@@ -87,6 +146,6 @@ class TextContrastive(FitModule):
         self.embedder = embedder
 
     def training_step(self, batch: TextBatch, index: int) -> torch.Tensor:
-        loss = text_contrast(*(self.embedder.embed(s.to(self.device), "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
+        loss = text_contrast(*(self.embedder.embed(s, "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
         self.note(contrastive=loss, pairs=len(batch.caption.last))
         return loss

@@ -14,7 +14,7 @@ HEADER = (
 def main() -> None:
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
-    names = ("requirements", "reproduce_requirements", "dev_requirements")
+    names = ("requirements", "reproduce_requirements", "export_requirements", "search_requirements", "dev_requirements")
     torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
     wanted = [torch, *(r for name in names for r in config["DEFAULT"][name].split())]
     command = [sys.executable, "-m", "uv", "pip", "compile", "--universal", "--python-version", "3.10", "--no-header", "--no-annotate", "-"]

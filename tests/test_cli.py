@@ -34,15 +34,34 @@ def test_evaluate_embed_and_search_a_folder(folder):
     assert result.returncode == 0, result.stderr
     rows = pd.read_csv(folder / "rows.csv")
     assert set(rows.benchmark) == {"retrieval", "classification"} and rows.value.between(0, 100).all()
-    result = run("embed", "--model", MODEL, "--data", str(folder), "--out", str(folder / "index.parquet"))
-    assert result.returncode == 0 and "8 pictures" in result.stdout
-    result = run("search", "--model", MODEL, "--index", str(folder / "index.parquet"), "--image", str(folder / "images/5.png"), "--top", "3")
-    first = result.stdout.splitlines()[0].split()
-    assert first[1] == "images/5.png" and float(first[0]) == pytest.approx(1, abs=1e-4) and len(result.stdout.splitlines()) == 3
+    result = run("embed", MODEL, str(folder), "--out", str(folder / "index.parquet"))
+    assert result.returncode == 0 and "8 pictures, 8 captions, 128 dimensions" in result.stdout, result.stderr
+    result = run("search", str(folder / "index.parquet"), str(folder / "images/5.png"), "a red star", "--top", "3", "--csv", str(folder / "hits.csv"))
+    query, first, *rest = result.stdout.splitlines()
+    assert query == str(folder / "images/5.png") and first.split()[::2] == ["1", "images/5.png"] and float(first.split()[1]) == pytest.approx(1, abs=1e-4)
+    assert rest[2] == "a red star" and len(rest) == 6
+    hits = pd.read_csv(folder / "hits.csv")
+    assert hits["rank"].tolist() == [1, 2, 3] * 2 and hits.id[0] == "images/5.png"
     other = str(CHECKPOINTS / "clip-micro")  # of the same width, so only its signature tells
-    fails_in_one_line("search", "--model", other, "--index", str(folder / "index.parquet"), "--query", "a star", says="was not made with")
+    fails_in_one_line("search", str(folder / "index.parquet"), "a star", "--model", other, says="was not made with")
     (folder / "index.parquet").write_bytes((folder / "index.parquet").read_bytes()[:100])
-    fails_in_one_line("search", "--model", MODEL, "--index", str(folder / "index.parquet"), "--query", "a star", says="not a file written by lvlm-research embed")
+    fails_in_one_line("search", str(folder / "index.parquet"), "a star", says="not whole, or not written by lvlm-research embed")
+
+
+def test_train_and_evaluate_by_a_config(folder):
+    (folder / "mine.json").write_text(json.dumps({"model": MODEL, "data": ".", "output": "adapter", "split": "train", "steps": 2, "batch": 4, "lr": 4e-3}))
+    result = run("train", "--config", str(folder / "mine.json"))
+    assert result.returncode == 0 and "4 records" in result.stdout and f"adapter -> {folder / 'adapter'}" in result.stdout, result.stderr
+    assert run("evaluate", "--model", str(folder / "adapter"), "--data", str(folder), "--split", "test").returncode == 0
+    fails_in_one_line("train", "--config", str(folder / "mine.json"), says="holds a finished model")
+
+
+def test_what_is_left_out_is_said_in_one_line(folder):
+    (folder / "images/3.png").write_bytes(b"no picture")
+    result = run("embed", MODEL, str(folder), "--out", str(folder / "index"), "--skip-broken")
+    assert result.returncode == 0 and "7 pictures, 8 captions" in result.stdout and "1 left out" in result.stdout, result.stderr
+    line, = result.stderr.strip().splitlines()
+    assert line.startswith("lvlm-research: left out: ") and "3.png: not a readable image" in line
 
 
 @pytest.mark.parametrize("line, says", [
@@ -63,8 +82,8 @@ def test_bad_lines_of_captions(folder, line, says):
 def test_a_broken_image_is_named(folder):
     (folder / "images/3.png").write_bytes((folder / "images/3.png").read_bytes()[:60])
     fails_in_one_line("evaluate", "--model", MODEL, "--data", str(folder), says="3.png: not a readable image")
-    fails_in_one_line("embed", "--model", MODEL, "--data", str(folder), "--out", str(folder / "i.parquet"), says="3.png: not a readable image")
-    assert not list(folder.glob("*.parquet"))
+    fails_in_one_line("embed", MODEL, str(folder), "--out", str(folder / "i.parquet"), says="3.png: not a readable image")
+    assert not list(folder.glob("*i.parquet*"))
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -76,7 +95,9 @@ def test_a_broken_image_is_named(folder):
     (("stage", "tab99"), "unknown stage 'tab99'"),
     (("stage", "tab2", "-p", "bogus=1"), "unknown parameter 'bogus'"),
     (("stage", "tab2", "-p", "profile=3"), "must be str"),
-    (("search", "--model", "m", "--index", "none.parquet", "--query", "x"), "none.parquet: no such file"),
+    (("search", "none.parquet", "x"), "none.parquet: no such file"),
+    (("embed", "m", "none", "--out", "x"), "none: no such file"),
+    (("train", "--config", "none.json"), "none.json: cannot be read"),
 ])
 def test_bad_arguments(argv, says):
     fails_in_one_line(*argv, says=says)

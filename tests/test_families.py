@@ -2,6 +2,7 @@
 import inspect
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.families import TESTED_FAMILIES
 from lvlm_research.fitting import fit
+from lvlm_research.levers import PLAIN, Levers
+from lvlm_research.losses import info_nce
 from lvlm_research.training import VARIANTS, Discriminative, prepare
 from lvlm_research.zoo import MICRO_FAMILIES, PIXELS, SQUARE, TEXT, VISION, micro_family
 
@@ -96,6 +99,24 @@ def test_states_and_loss_are_those_of_the_models_own_forward_pass(base, pictures
     real = batch.attention_mask.bool()
     assert torch.allclose(ours[real], theirs.logits[real], atol=1e-4)
     assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+
+
+def test_levers_change_neither_loss_nor_gradients(trained, pictures):
+    def step(levers: Levers) -> tuple[float, dict]:
+        trained.levers = levers
+        trained.zero_grad()
+        image, next_token = trained.embed_and_predict(trained.templates.image(pictures, LONG))
+        text = trained.embed(trained.templates.text([*SHORT, SHORT[0]]), "text")
+        loss = info_nce(image, text[:3], 10.0) + next_token + text[3].sum()
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
+
+    loss, gradients = step(PLAIN)
+    for levers in (Levers(pass_price=1), replace(Levers(pass_price=1), length_groups=False)):
+        found, again = step(levers)
+        assert found == pytest.approx(loss, rel=1e-5) and again.keys() == gradients.keys()
+        assert all(torch.allclose(again[name], g, atol=1e-5 * g.abs().max().item()) for name, g in gradients.items())
+    trained.levers = Levers()
 
 
 def test_untrained_soft_prompts_and_lora_change_nothing(base, folder, pictures):

@@ -89,7 +89,7 @@ def test_requirements_lock_and_environment_agree():
     pinned = {}
     for r in lock:
         pinned.setdefault(r.name.lower().replace("_", "-"), []).append(r.specifier)
-    for group in ("requirements", "reproduce_requirements", "dev_requirements"):
+    for group in ("requirements", "reproduce_requirements", "export_requirements", "search_requirements", "dev_requirements"):
         for wanted in map(Requirement, settings()[group].split()):
             versions = [str(s).removeprefix("==") for s in pinned[wanted.name.lower()]]
             assert versions and all(wanted.specifier.contains(v) for v in versions), wanted.name
@@ -138,6 +138,21 @@ def test_no_file_names_a_path_of_a_machine():
     texts = [p for folder in ("nbs", "data", "lvlm_research", "workflow") for p in (ROOT / folder).rglob("*") if p.suffix in (".ipynb", ".py", ".json", ".csv", ".md", ".yaml", ".svg")]
     assert len(texts) > 60
     assert [str(p.relative_to(ROOT)) for p in [*texts, ROOT / "README.md"] if re.search(r"(?<![\w.~])/(tmp|home|root|work|Users)/", p.read_text(encoding="utf-8"))] == []
+
+
+def test_every_test_and_notebook_that_the_reliability_page_names_exists():
+    cells = json.loads((ROOT / "nbs/18_reliability.ipynb").read_text())["cells"]
+    rows = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(rows) > 20
+    for row in rows:
+        tests, notebooks = re.findall(r"`(test_\w+)::(test_\w+)`", row), re.findall(r"notebook `(\w+)`", row)
+        assert tests or notebooks, row
+        for file, name in tests:
+            names = [n.name for n in ast.walk(ast.parse((ROOT / "tests" / f"{file}.py").read_text())) if isinstance(n, ast.FunctionDef)]
+            assert name in names, f"{file}::{name}"
+        assert all((ROOT / "nbs" / f"{name}.ipynb").is_file() for name in notebooks), row
+    named = re.findall(r"`(\w+/)?(\d\d\w*)(?:\.ipynb)?`", (ROOT / "SECURITY.md").read_text())
+    assert named and all((ROOT / "nbs" / f"{name}.ipynb").is_file() for _, name in named)
 
 
 def test_the_installed_versions_are_the_locked_ones():

@@ -54,7 +54,7 @@ def test_everything_is_there(clone):
     assert len(claims) >= 12 and claims.name.is_unique and set(claims.verdict) <= {"reproduced", "not reproduced", "undecided"}
     page = (results / "report.html").read_text()
     assert "missing:" not in page and all(claim in page for claim in claims.claim.map(html.escape)) and page.count("<svg") == 7
-    assert "<script" not in (results / "report.html").read_text() and "http" not in (results / "report.html").read_text().split("</head>")[0]
+    assert "<script" not in page and "://" not in page.split("</head>")[0] and "default-src 'none'" in page.split("</head>")[0]
 
 
 def test_nothing_reruns_when_nothing_changed(clone):
@@ -117,6 +117,25 @@ def test_one_item_alone_runs_just_what_it_needs(clone, tmp_path):
     assert refused.returncode == 2 and "fig99" in refused.stderr and (clone / "results/smoke/report.html").exists()
 
 
+def test_verify_names_an_edited_table_and_a_swapped_checkpoint(clone):
+    results = clone / "results" / "smoke"
+    assert finished(lvlm(clone, "update", "--profile", "smoke")) == []
+    result = lvlm(clone, "verify", str(results))
+    assert result.returncode == 0 and "verified" in result.stdout, result.stdout + result.stderr
+    for name in ("tables/tab2.csv", "figures/fig3.svg", "rows.csv", "report.html", "models/vladva/adapter_model.safetensors", "models/clip/tokenizer.json", "prompts/best.json"):
+        before = (results / name).read_bytes()
+        (results / name).write_bytes(before + b" ")
+        result = lvlm(clone, "verify", str(results))
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and name in result.stderr, name
+        (results / name).write_bytes(before)
+    status = results / "status/fig6.json"
+    before = status.read_text()
+    status.write_text(before.replace('"parameters": {}', '"parameters": {"seed": 7}'))
+    assert "status/fig6.json: is not the entry of the manifest" in lvlm(clone, "verify", str(results)).stderr
+    status.write_text(before)
+    assert lvlm(clone, "verify", str(results)).returncode == 0
+
+
 def test_a_run_is_checked_against_the_reference(clone):
     reference = clone / "data" / "reference" / "smoke"
     assert lvlm(clone, "update", "--profile", "smoke", "--check").returncode == 2  # there is no reference of this profile yet
@@ -128,6 +147,8 @@ def test_a_run_is_checked_against_the_reference(clone):
     try:
         assert lvlm(clone, "reference", "--profile", "smoke").returncode == 0
         assert lvlm(clone, "update", "--profile", "smoke", "--check").returncode == 0
+        verified = lvlm(clone, "verify", str(reference))
+        assert verified.returncode == 0 and "note" not in verified.stdout, verified.stdout  # on its own revision parameters and code are compared too
         rows = pd.read_csv(reference / "rows.csv")
         rows.loc[3, ["value", "ci_low", "ci_high"]] += 80.0
         rows.to_csv(reference / "rows.csv", index=False)
