@@ -20,7 +20,7 @@ import torch
 from .config import PRECISIONS, InputError, find_model, find_root, write_card
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, loading
-from .fitting import FitModule, fit
+from .fitting import FitModule, fit, is_first
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
 from .training import VARIANTS, Discriminative, TextContrastive, prepare, trainable_parameters
@@ -42,7 +42,8 @@ class FineTuning:
     split: str = ""  # only records whose field 'split' has this value
     variant: str = "vladva"  # soft, lora, both, vladva or long
     steps: int = 1000
-    batch: int = 32  # pairs in a step
+    batch: int = 32  # pairs in a step, of all processes together
+    cache_rows: int = 0  # rows whose graph is in memory at a time (notebook 08a): a large batch in the memory of a small one; 0: all
     lr: float = 1e-4  # the paper's, for a model of 7 B; micro models want 4e-3
     dropout: float = 0.05  # of LoRA
     image_prompt: str = SUMMARY.image
@@ -54,7 +55,7 @@ class FineTuning:
 
 REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output")
 _CHOICES = {"variant": tuple(v for v, what in VARIANTS.items() if what != VARIANTS["zero-shot"] and not what.text_only), "precision": PRECISIONS}
-_MAY_BE_ZERO = ("seed", "dropout")
+_MAY_BE_ZERO = ("seed", "dropout", "cache_rows")
 
 
 def _nearest(wrong: str, names: tuple[str, ...], plural: str) -> str:
@@ -111,7 +112,7 @@ def begin(config: FineTuning) -> FitModule:
     with loading(folder):
         embedder = DiscriminativeLVLM.from_pretrained(folder, prompt=Prompt(config.image_prompt, config.text_prompt))
     prepare(embedder, variant, config.dropout).base = os.path.abspath(folder).removeprefix(f"{find_root()}/")
-    return TextContrastive(embedder, lr=config.lr) if variant.text_only else Discriminative(embedder, variant.ar_weight, lr=config.lr)
+    return TextContrastive(embedder, lr=config.lr) if variant.text_only else Discriminative(embedder, variant.ar_weight, config.cache_rows, lr=config.lr)
 
 
 def batches(config: FineTuning, embedder: DiscriminativeLVLM) -> tuple[Callable[[int], object], DataReport | None]:
@@ -161,8 +162,10 @@ def fine_tune(config: FineTuning, progress: bool = False) -> FitModule:
     _is_free(output)
     module = begin(config)
     draw, report = batches(config, module.embedder)
-    print(*filter(None, (report, summary(config, module))), sep="\n")
+    if is_first():
+        print(*filter(None, (report, summary(config, module))), sep="\n")
     fit(module, draw, config.steps, config.precision, progress, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
-    save_trained(config, module)
-    shutil.rmtree(output / UNFINISHED)
+    if is_first():
+        save_trained(config, module)
+        shutil.rmtree(output / UNFINISHED)
     return module

@@ -12,18 +12,22 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, write_beside
 
 # %% auto #0
-__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'StopWhenLost', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'StopWhenLost', 'started_together',
+           'is_first', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
@@ -147,8 +151,8 @@ class KeepState(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         if time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps:
-            with write_beside(self.file) as part:
-                trainer.save_checkpoint(part)
+            with write_beside(self.file) if trainer.is_global_zero else nullcontext(self.file) as part:
+                trainer.save_checkpoint(part)  # every process takes part, the first one writes
             self.written, self.step = time.monotonic(), trainer.global_step
 
 
@@ -219,6 +223,20 @@ class StopWhenLost(L.Callback):
 
 
 # %% ../nbs/05a_fitting.ipynb #17f82c7f
+def started_together() -> dict:
+    "Lightning's devices, nodes and strategy: one device, or those of the processes that torchrun or Slurm has started."
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and (tasks := environment().world_size()) > 1:
+            nodes = int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES", 1))
+            return {"devices": tasks // nodes, "num_nodes": nodes, "strategy": "ddp"}
+    return {"devices": 1}
+
+
+def is_first() -> bool:
+    "Whether this is the process that prints and writes."
+    return rank_zero_only.rank == 0
+
+
 def fit(
     module: FitModule,
     draw: Callable[[int], object],  # makes the batch of a step
@@ -229,7 +247,7 @@ def fit(
     keep: Path | None = None,  # file of the state to go on from
     every: float = 120.0,  # seconds between two writes of it
 ) -> FitModule:
-    "Train for a number of steps on one device, or on from the state in `keep`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
+    "Train for a number of steps, or on from the state in `keep`, on one device or on those of `started_together`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
     owner = _owner(module, draw, steps, precision) if keep else ""
     first = _step_of(keep, owner) if keep else 0
     kept = KeepState(keep, owner, every) if keep else None
@@ -240,8 +258,8 @@ def fit(
         check_space(Path(keep).parent, 6 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
     callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = L.Trainer(max_steps=steps, accelerator="auto", devices=1, precision=precision, gradient_clip_val=1.0, logger=False,
-                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks)
+    trainer = L.Trainer(max_steps=steps, accelerator="auto", precision=precision, gradient_clip_val=1.0, logger=False,
+                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
     module.train().started = time.perf_counter()
     trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=keep if first else None, weights_only=True)
     module.restore_random_states()  # of a training that had been finished, for what is trained next

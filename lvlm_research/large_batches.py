@@ -97,12 +97,12 @@ def everyones(rows: torch.Tensor) -> tuple[torch.Tensor, range]:
     return torch.cat([part[:count] for part, count in zip(parts, counts)]), range(first, first + len(rows))
 
 
-def total(count: int, device: torch.device) -> int:
-    "Sum of a number over all processes."
-    value = torch.tensor(count, device=device)
+def total(value: torch.Tensor) -> torch.Tensor:
+    "Sum of a number over all processes, without its gradient."
+    value = value.detach().clone()
     if processes() > 1:
         dist.all_reduce(value)
-    return int(value)
+    return value
 
 # %% ../nbs/08a_large_batches.ipynb #9c37719a
 @contextmanager

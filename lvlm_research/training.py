@@ -74,7 +74,7 @@ class Discriminative(FitModule):
         self.embedder, self.ar_weight, self.cache_rows, self.temperature = embedder, ar_weight, cache_rows, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
-        tokens = total(int((batch.image.labels != -100).sum()), self.device)  # that the next-token loss is the mean of, over all processes
+        tokens = int(total((batch.image.labels != -100).sum().to(self.device)))  # that the next-token loss is the mean of, over all processes
         scale, caption, has_short = self.temperature(), everyones(batch.caption.to(self.device))[0], batch.has_short.to(self.device)
 
         def contrast(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -86,9 +86,9 @@ class Discriminative(FitModule):
         contrastive, next_token = (self._cached if self.cache_rows else self._at_once)(batch, contrast, tokens)
         if len(caption):
             equal = (caption[:, None] == caption).sum().item() / len(caption)
-            self.note(contrastive=contrastive, scale=scale, pairs=len(caption), negatives=len(caption) - equal)
+            self.note(contrastive=total(contrastive) / processes(), scale=scale, pairs=len(caption), negatives=len(caption) - equal)
         if self.ar_weight:
-            self.note(next_token=next_token)
+            self.note(next_token=total(next_token))
         return contrastive + self.ar_weight * processes() * next_token
 
     def _at_once(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,17 +1,27 @@
 "Several processes against one: the same gradients from the same batch, whatever share each has."
+import json
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from conftest import CHECKPOINTS
+from PIL import Image
+
+from conftest import CHECKPOINTS, ROOT
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.embedder import DiscriminativeLVLM
+from lvlm_research.evaluation import load_embedder
 from lvlm_research.large_batches import own_share
+from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
 from lvlm_research.training import VARIANTS, Discriminative, prepare
 
 
@@ -59,3 +69,26 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
             assert found.keys() == expected.keys()
             for name, gradient in expected.items():
                 assert torch.allclose(found[name], gradient, atol=1e-5 * max(gradient.abs().max().item(), 1e-3)), (case, name)
+
+
+def test_torchrun_trains_what_one_process_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(12, rng)
+    for number, picture in enumerate(scene_images(scenes, 60)):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": f"{n}.png", "captions": [short_caption(s, rng), long_caption(s, rng)]}) for n, s in enumerate(scenes)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    shared = {"model": str(CHECKPOINTS / "llava-micro"), "data": ".", "steps": 3, "batch": 6, "lr": 1e-3, "dropout": 0}
+    for name, start, more in (("one", [], {}), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], {}), ("cached", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], {"cache_rows": 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(shared | more | {"output": name}))
+        command = [sys.executable, *start, "-m", "lvlm_research.cli", "train", "--config", str(tmp_path / f"{name}.json")]
+        result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "LVLM_THREADS": "1"}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert result.stdout.count("parameters are trained") == 1  # one process speaks
+    one = pd.read_csv(tmp_path / "one/curves.csv")
+    text = load_embedder(tmp_path / "one").encode_text("a red star")
+    for name in ("two", "cached"):
+        found = pd.read_csv(tmp_path / name / "curves.csv")
+        assert found.pairs.tolist() == one.pairs.tolist() and found.negatives.tolist() == one.negatives.tolist()
+        assert np.allclose(found[["contrastive", "next_token"]], one[["contrastive", "next_token"]], atol=1e-3)
+        assert torch.allclose(load_embedder(tmp_path / name).encode_text("a red star"), text, atol=1e-3)
