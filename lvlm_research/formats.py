@@ -237,6 +237,8 @@ def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
     for place, inner, names in os.walk(folder):
         inner.sort()
         place = Path(place)
+        for name in inner:  # a link is not followed; one that leads out is said
+            path_below(folder, os.path.relpath(place / name, folder), folder, "folder")
         files = sorted((place / name for name in names if Path(name).suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
         for stem, group in itertools.groupby(files, lambda p: p.stem):
             parts = {p.suffix[1:].lower(): p for p in group}
