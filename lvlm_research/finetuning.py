@@ -5,7 +5,6 @@
 # %% ../nbs/09a_finetuning.ipynb #352ea6ba
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -17,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .config import PRECISIONS, InputError, find_model, find_root, write_card
+from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
-from .embedder import CONFIG_NAME, DiscriminativeLVLM, loading
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, adapter_config, loading
 from .fitting import FitModule, fit, is_first
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
@@ -85,14 +84,7 @@ def _fault(key: str, value: object) -> str | None:
 def read_fine_tuning(file: str | Path) -> FineTuning:
     "The config in a JSON file; InputError names the key that is wrong and the nearest one that exists."
     file = Path(file)
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); give the path of a config file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}); write an object like {{\"model\": ..., \"data\": ..., \"output\": ...}}") from None
-    if not isinstance(given, dict):
-        raise InputError(f"{file}: expected an object like {{\"model\": ..., \"data\": ..., \"output\": ...}}, found {type(given).__name__}")
+    given = read_object(file)
     if fault := next(filter(None, (_fault(key, value) for key, value in given.items())), None):
         raise InputError(f"{file}: {fault}")
     if missing := [key for key in REQUIRED if key not in given]:
@@ -108,7 +100,7 @@ def begin(config: FineTuning) -> FitModule:
     torch.manual_seed(config.seed)
     folder, variant = find_model(config.model), VARIANTS[config.variant]
     if (folder / CONFIG_NAME).is_file():
-        raise InputError(f"{folder}: is an adapter, which is not trained on; give its base {json.loads((folder / CONFIG_NAME).read_text()).get('base')!r}")
+        raise InputError(f"{folder}: is an adapter, which is not trained on; give its base {adapter_config(folder)['base']!r}")
     with loading(folder):
         embedder = DiscriminativeLVLM.from_pretrained(folder, prompt=Prompt(config.image_prompt, config.text_prompt))
     prepare(embedder, variant, config.dropout).base = os.path.abspath(folder).removeprefix(f"{find_root()}/")

@@ -25,13 +25,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
-from .backbones import Qwen2VLPictureProcessor
+from .backbones import Qwen2VLPictureProcessor, token_types
 from .datasets import JointBatch, Pair, joint_batches
 from .embedder import DiscriminativeLVLM, FoldedLinear, Sequences
 from .levers import PLAIN, Levers
 from .losses import info_nce
 from .prompts import Prompt
-from .training import VARIANTS, Discriminative, prepare
+from .training import VARIANTS, prepare
 
 # %% auto #0
 __all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'proportioned',
@@ -61,25 +61,25 @@ def _tokenizer(family: str, words: int) -> PreTrainedTokenizerFast:
                                    extra_special_tokens=named, clean_up_tokenization_spaces=False)
 
 
-def proportioned(family: str, scale: int = 1) -> DiscriminativeLVLM:
-    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with LoRA and soft prompts; `scale` widens it."
+def proportioned(family: str) -> DiscriminativeLVLM:
+    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with LoRA and soft prompts."
     square = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if family == "llava":
-        width, tokenizer = 384 * scale, _tokenizer(family, 2560)
+        width, tokenizer = 384, _tokenizer(family, 2560)
         text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6,
                            max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = CLIPVisionConfig(hidden_size=128 * scale, intermediate_size=512 * scale, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
+        vision = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=64)
         pictures = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, **square)
         processor = LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
                                    image_token="<image>", num_additional_image_tokens=1)
         model = LlavaForConditionalGeneration(config)
     else:
-        width, tokenizer = 256 * scale, _tokenizer(family, 3072)
+        width, tokenizer = 256, _tokenizer(family, 3072)
         text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
-                    max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8 * scale, 12 * scale, 12 * scale]},
+                    max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
                     pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = dict(depth=5, embed_dim=256 * scale, hidden_size=width, num_heads=4, patch_size=4, spatial_merge_size=2, image_size=64)
+        vision = dict(depth=5, embed_dim=256, hidden_size=width, num_heads=4, patch_size=4, spatial_merge_size=2, image_size=64)
         names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
         config = Qwen2VLConfig(text_config=text, vision_config=vision, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
         pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64**2, max_pixels=64**2, **square)
@@ -106,9 +106,8 @@ def _with_soft_prompts(lvlm: DiscriminativeLVLM, batch: Sequences, modality: str
 
 def _inputs(lvlm: DiscriminativeLVLM, batch: Sequences) -> dict:
     "What transformers' own forward pass takes."
-    types = (batch.input_ids == lvlm.model.config.image_token_id).int()
-    more = {"mm_token_type_ids": types} if lvlm.model.config.model_type == "qwen2_vl" and batch.vision else {}
-    return dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.vision, **more)
+    types = token_types(lvlm.model, batch.input_ids, batch.attention_mask, batch.last) if batch.vision else {}
+    return dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.vision, **types)
 
 
 def _read(states: torch.Tensor, batch: Sequences) -> torch.Tensor:
@@ -163,10 +162,10 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _prepared(arm: str, family: str, batch: int, scale: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+def _prepared(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = proportioned(family, scale).train()
+    lvlm = proportioned(family).train()
     with torch.no_grad():  # as if in training: at the start LoRA's B is zero and A has no gradient
         for name, p in lvlm.named_parameters():
             if "lora_B" in name:
@@ -183,9 +182,9 @@ def _prepared(arm: str, family: str, batch: int, scale: int) -> tuple[Callable[[
     return lambda: step(lvlm, pairs, prompts, temperature), trained
 
 
-def gradients_of(arm: str, family: str, batch: int, scale: int = 1) -> dict[str, torch.Tensor]:
+def gradients_of(arm: str, family: str, batch: int) -> dict[str, torch.Tensor]:
     "Loss and gradients of one step."
-    step, trained = _prepared(arm, family, batch, scale)
+    step, trained = _prepared(arm, family, batch)
     loss = step()
     loss.backward()
     return {"loss": loss.detach()[None], **{n: p.grad for n, p in trained.items()}}
@@ -197,9 +196,9 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-12)).item() for n, g in expected.items())
 
 
-def run_arm(arm: str, family: str, batch: int, steps: int, scale: int = 1) -> dict:
+def run_arm(arm: str, family: str, batch: int, steps: int) -> dict:
     "Seconds of CPU and clock per step and growth of peak memory (bytes) of one arm; the first step is not counted."
-    step, trained = _prepared(arm, family, batch, scale)
+    step, trained = _prepared(arm, family, batch)
     before, counted = _resident(), []
     _forget_peak()
     for _ in range(steps + 1):

@@ -85,7 +85,7 @@ class Discriminative(FitModule):
 
         contrastive, next_token = (self._cached if self.cache_rows else self._at_once)(batch, contrast, tokens)
         if len(caption):
-            equal = (caption[:, None] == caption).sum().item() / len(caption)
+            equal = caption.unique(return_counts=True)[1].square().sum().item() / len(caption)  # captions that are no negatives of one, itself included, on average
             self.note(contrastive=total(contrastive) / processes(), scale=scale, pairs=len(caption), negatives=len(caption) - equal)
         if self.ar_weight:
             self.note(next_token=total(next_token))

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import InputError, find_model, write_beside, write_text
+from .config import InputError, find_model, read_object, write_beside, write_text
 from .datasets import only_split
 from .embedder import Encodes, Picture, ahead, open_image, shortened
 from .evaluation import load_embedder, model_signature
@@ -202,9 +202,9 @@ def _shards_in(folder: Path) -> list[Path]:
 
 def _read_card(file: Path) -> dict:
     try:
-        card = json.loads(file.read_text(encoding="utf-8"))
+        card = read_object(file)
         whole = card["format"] == FORMAT and {*SAME, "model", "data", "root", "complete"} <= set(card)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         whole = False
     if not whole:
         raise InputError(f"{file}: not written by lvlm-research embed of this version; embed again into another place")

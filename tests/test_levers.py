@@ -85,6 +85,15 @@ def test_the_levers_do_what_they_say(step):
     assert counts["plain"]["first"] - counts["unique"]["first"] == batch.text.input_ids.shape[1]
 
 
+@pytest.mark.parametrize("cache_rows", [0, 3])
+def test_the_number_of_negatives_leaves_equal_captions_out(step, cache_rows):
+    noted = {}
+    module = Discriminative(step.lvlm, 0.7, cache_rows)
+    module.note = noted.update
+    module.training_step(step.batch, 0)
+    assert noted["pairs"] == 6 and noted["negatives"] == pytest.approx((4 * 5 + 2 * 4) / 6)  # two of six captions are equal
+
+
 def test_pictures_go_through_the_frozen_tower_once(step):
     calls = []
     tower = next(module for name, module in step.lvlm.model.named_modules() if name.endswith(("vision_tower", "visual")))

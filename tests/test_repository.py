@@ -43,7 +43,7 @@ def test_export_and_clean_change_nothing(tmp_path):
     assert [str(p.relative_to(copy)) for p in before | after if before.get(p) != after.get(p)] == []
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAPER, *sorted((ROOT / "nbs" / "performance").glob("*.ipynb"))], ids=lambda p: p.stem)
 def test_every_parameter_is_flat_commented_and_read(path):
     declared = declared_parameters(path)
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
