@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from .config import InputError
 from .fitting import FitModule
@@ -22,8 +22,8 @@ from .losses import info_nce
 from .scenes import VALUES, Scenes, claim_with_negative, render, sample_albums, sample_scenes, say, short_caption, short_claim
 
 # %% auto #0
-__all__ = ['TOWER', 'quarter_of_patch', 'RegionHead', 'region_loss', 'scene_pixels', 'DualEncoder', 'save_tower', 'load_tower',
-           'dual_batches', 'dual_recall', 'RecallCurve', 'patch_probe']
+__all__ = ['TOWER', 'RATES', 'quarter_of_patch', 'RegionHead', 'region_head', 'region_loss', 'scene_pixels', 'DualEncoder',
+           'save_tower', 'load_tower', 'start_of', 'dual_batches', 'dual_recall', 'RecallCurve', 'patch_probe']
 
 # %% ../nbs/07_dual_encoder.ipynb #cfd85bbe
 def quarter_of_patch(side: int) -> np.ndarray:
@@ -41,6 +41,12 @@ class RegionHead(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: head(patches) for name, head in self.heads.items()}
+
+
+def region_head(model: CLIPModel) -> RegionHead:
+    "A new head on the patches of a CLIP's tower."
+    vision = model.config.vision_config
+    return RegionHead(vision.hidden_size, (vision.image_size // vision.patch_size) ** 2)
 
 
 def region_loss(logits: dict[str, torch.Tensor], scenes: Scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -91,6 +97,7 @@ class DualEncoder(FitModule):
 
 # %% ../nbs/07_dual_encoder.ipynb #7483f184
 TOWER = "tower.safetensors"  # beside the weights of the CLIP that came of it
+RATES = {"clip-equal": 5e-4, "negclip": 3e-4}  # learning rates, chosen on validation scenes in notebook 21
 
 
 def _tower(model: CLIPModel, regions: RegionHead) -> nn.Module:
@@ -109,6 +116,20 @@ def load_tower(model: CLIPModel, regions: RegionHead, folder: str | Path) -> Non
     if not (Path(folder) / TOWER).is_file():
         raise InputError(f"{Path(folder) / TOWER}: missing; train that CLIP again (lvlm-research reproduce --from-scratch)")
     _tower(model, regions).load_state_dict(load_file(Path(folder) / TOWER))
+
+
+def start_of(
+    model: str,  # clip-equal or negclip
+    folder: str | Path,  # of the trained CLIP
+) -> tuple[CLIPModel, CLIPProcessor, RegionHead | None]:
+    "What a dual encoder that comes after the CLIP starts from: `clip-equal` from its tower alone, with the head that taught it; NegCLIP from all of it."
+    processor = CLIPProcessor.from_pretrained(folder, backend="pil")
+    if model == "negclip":
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32), processor, None
+    clip = CLIPModel(CLIPConfig.from_pretrained(folder))
+    regions = region_head(clip)
+    load_tower(clip, regions, folder)
+    return clip, processor, regions
 
 # %% ../nbs/07_dual_encoder.ipynb #50548fce
 def dual_batches(
