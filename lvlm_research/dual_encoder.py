@@ -97,7 +97,7 @@ class DualEncoder(FitModule):
 
 # %% ../nbs/07_dual_encoder.ipynb #7483f184
 TOWER = "tower.safetensors"  # beside the weights of the CLIP that came of it
-RATES = {"clip-equal": 5e-4, "negclip": 3e-4}  # learning rates, chosen on validation scenes in notebook 21
+RATES = {"clip-equal": 2.5e-4, "negclip": 1e-3}  # learning rates, chosen on validation scenes in notebook 21
 
 
 def _tower(model: CLIPModel, regions: RegionHead) -> nn.Module:
