@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from .scenes import long_caption, sample_scenes, short_caption
 
 # %% auto #0
-__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'PREFIX_ATTENTION', 'Size', 'larger', 'train_tokenizer',
+__all__ = ['SIZES_OF_MODELS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'PREFIX_ATTENTION', 'Size', 'train_tokenizer',
            'qwen2vl_tokenizer', 'world_tokenizer', 'quiet_loading', 'micro_clip', 'micro_llava',
            'Qwen2VLPictureProcessor', 'micro_qwen2vl', 'projector', 'image_features', 'picture_inputs', 'positions',
            'token_types', 'trunk_inputs', 'run_trunk', 'trunk_states', 'language_head']
@@ -43,12 +43,6 @@ class Size:
 
 
 SIZES_OF_MODELS = {"micro": Size(60, 10, 128, 4, 6), "mini": Size(60, 10, 192, 4, 8), "small": Size(96, 12, 256, 6, 8), "medium": Size(96, 12, 384, 6, 10)}
-
-
-def larger(size: str) -> str:
-    "The size after this one: what a profile's second model of a family has."
-    names = list(SIZES_OF_MODELS)
-    return names[names.index(size) + 1]
 
 # %% ../nbs/05_backbones.ipynb #eb58b547
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<image>", "<|user|>", "<|assistant|>")

@@ -21,13 +21,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['MODEL_SIZES', 'PRECISIONS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile', 'visible', 'InputError',
-           'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object', 'read_json', 'read_object',
-           'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'write_text', 'sha256', 'write_card',
-           'check_card', 'check_space', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'method_of']
+__all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile', 'visible',
+           'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object', 'read_json',
+           'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'write_text', 'sha256',
+           'write_card', 'check_card', 'check_space', 'git_revision', 'run_identity', 'available_cores', 'set_threads',
+           'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
+LARGER = {"micro": "mini", "small": "medium"}  # one size up for the same images
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")  # Lightning's names
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .config import InputError, find_model
-from .embedder import CONFIG_NAME, Templates, adapter_config, trunk_linear_names
+from .embedder import CONFIG_NAME, Templates, adapter_config, base_of, trunk_linear_names
 from .evaluation import DUAL_ENCODERS
 from .families import TESTED_FAMILIES, check_kind, check_structure, check_weights, load_processor, read_config, skeleton
 from .prompts import SUMMARY
@@ -110,12 +110,12 @@ def describe(
     "What a model folder holds, from its config and processor; InputError only for a folder that is none."
     folder, report = find_model(folder), Report()
     if (folder / CONFIG_NAME).is_file():
-        adapter = adapter_config(folder)
+        adapter, base = adapter_config(folder), base_of(folder)
         trained = [name for name, key in (("soft prompts", "soft_prompts"), ("LoRA", "lora")) if adapter[key]]
-        if (find_model(adapter["base"]) / CONFIG_NAME).is_file():
-            raise InputError(f"{folder / CONFIG_NAME}: its base {adapter['base']} is an adapter itself; name the model that it was trained on")
-        report = describe(adapter["base"], batch)
-        report.lines = {"adapter": f"{' and '.join(trained) or 'nothing trained'}, on {adapter['base']}"} | report.lines
+        if (find_model(base) / CONFIG_NAME).is_file():
+            raise InputError(f"{folder / CONFIG_NAME}: its base {base} is an adapter itself; name the model that it was trained on")
+        report = describe(base, batch)
+        report.lines = {"adapter": f"{' and '.join(trained) or 'nothing trained'}, on {base}"} | report.lines
         return report
     config = read_config(folder)
     report.lines["family"] = config.model_type

@@ -123,6 +123,8 @@ def start_of(
     folder: str | Path,  # of the trained CLIP
 ) -> tuple[CLIPModel, CLIPProcessor, RegionHead | None]:
     "What a dual encoder that comes after the CLIP starts from: `clip-equal` from its tower alone, with the head that taught it; NegCLIP from all of it."
+    if model not in RATES:
+        raise InputError(f"no dual encoder {model!r} comes after the CLIP: use {', '.join(RATES)}")
     processor = CLIPProcessor.from_pretrained(folder, backend="pil")
     if model == "negclip":
         return CLIPModel.from_pretrained(folder, dtype=torch.float32), processor, None

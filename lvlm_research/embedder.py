@@ -42,8 +42,8 @@ __all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'CONFIG_NAME',
            'Templates', 'open_image', 'name_of', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes',
            'FoldedLinear', 'fold_small_layers', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
            'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'count_cut', 'tried',
-           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'save_pretrained', 'adapter_config',
-           'lora_config', 'loading', 'from_pretrained']
+           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained',
+           'adapter_config', 'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -594,9 +594,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _seen_from(folder: Path, base: str) -> str:
-    "How the config of an adapter names its base."
-    beside = bool(base) and Path(base).is_dir() and Path(base).resolve().parent == folder.resolve().parent
-    return f"../{Path(base).resolve().name}" if beside else base
+    "How the config of an adapter names its base: relative to the adapter if it lies beside it, and in no other case."
+    if not base or not Path(base).is_dir():
+        return base
+    if Path(base).resolve().parent == folder.resolve().parent:
+        return f"../{Path(base).resolve().name}"
+    return str(Path(base).resolve()) if base.startswith("..") else base
+
+
+def base_of(folder: str | Path) -> str:
+    "The base of the adapter in a folder, as it can be opened from here."
+    name = adapter_config(folder)["base"]
+    return str(Path(folder).resolve().parent / name.removeprefix("../")) if name.startswith("../") else name
 
 
 @method_of(DiscriminativeLVLM)
@@ -672,8 +681,7 @@ def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, pro
     if not (folder / CONFIG_NAME).exists():
         return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
     config = adapter_config(folder)
-    beside = config["base"].startswith("../")
-    name = str(base or (os.path.normpath(folder / config["base"]) if beside else config["base"]))
+    name = str(base or base_of(folder))
     self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
     if weights_hash(self.model) != config["base_sha256"]:
         raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")

@@ -18,7 +18,7 @@ import torch
 
 from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
-from .embedder import CONFIG_NAME, DiscriminativeLVLM, adapter_config, loading
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, base_of, loading
 from .fitting import FitModule, fit, is_first
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
@@ -100,7 +100,7 @@ def begin(config: FineTuning) -> FitModule:
     torch.manual_seed(config.seed)
     folder, variant = find_model(config.model), VARIANTS[config.variant]
     if (folder / CONFIG_NAME).is_file():
-        raise InputError(f"{folder}: is an adapter, which is not trained on; give its base {adapter_config(folder)['base']!r}")
+        raise InputError(f"{folder}: is an adapter, which is not trained on; give its base {base_of(folder)!r}")
     with loading(folder):
         embedder = DiscriminativeLVLM.from_pretrained(folder, prompt=Prompt(config.image_prompt, config.text_prompt))
     prepare(embedder, variant, config.dropout).base = os.path.abspath(folder).removeprefix(f"{find_root()}/")

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, visible, write_text
+from .config import LARGER, InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, visible, write_text
 
 # %% auto #0
-__all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'IN_GRAPH',
-           'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
-           'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
+__all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'BUDGETS',
+           'IN_GRAPH', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files',
+           'status_file', 'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
            'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
            'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
            'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
@@ -73,7 +73,7 @@ ITEMS = {  # of the paper -> what the report says of it
     "tab8": "Pairs of pictures and captions of the same words, percent; chance is 25, 25 and 17.",
     "tab9": "Zero-shot classification of single objects, percent; 336 classes.",
 }
-BEST_PROMPT, SUITE = "prompts/best.json", "benchmarks/suite.npz"
+BEST_PROMPT, SUITE, BUDGETS = "prompts/best.json", "benchmarks/suite.npz", "tables/budgets.csv"
 
 # %% ../nbs/15_reproduce.ipynb #1bcd36dd
 def model_folder(row: str) -> str:
@@ -111,7 +111,10 @@ def model_files(row: str) -> tuple[str, ...]:
 # %% ../nbs/15_reproduce.ipynb #133c8eec
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
-    committed = lambda name: () if from_scratch else tuple(f"data/checkpoints/{COMMITTED[name]}/{file}" for file in ("card.json", "model.safetensors"))
+    def committed(row: str) -> tuple[str, ...]:
+        "Of the repository, what is copied; the notebook measures facts and probe anew."
+        files = () if from_scratch else (Path(f) for f in written_files(row) if not f.endswith(("facts.json", "probe.csv")))
+        return tuple(f"data/checkpoints/{COMMITTED[f.parent.name]}/{f.name}" for f in files)
 
     def train(variant: str, backbone: str = "", **more) -> Stage:
         name, start = (f"{variant}-{backbone}", f"zero-shot-{backbone}") if backbone else (variant, "zero-shot")
@@ -120,12 +123,12 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
                      priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
 
     return [
-        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=0, priority=9) for m in ("clip", "clip-large")),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("base"), gpu=True, threads=0, priority=9),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=0, priority=priority) for m, priority in (("clip", 9), ("clip-large", 2))),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("zero-shot"), gpu=True, threads=0, priority=9),
         Stage("prompts", "40_prompt_study", {}, model_files("zero-shot"), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
         *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, model_files("clip"), written_files(m), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
-        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, model_files("clip"), written_files(f"zero-shot-{b}"), committed(b), gpu=True, threads=0, priority=7)
-          for b, parameters in BACKBONES.items()),
+        *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, () if "backbone" in parameters else model_files("clip"), written_files(f"zero-shot-{b}"),
+                committed(f"zero-shot-{b}"), gpu=True, threads=0, priority=7) for b, parameters in BACKBONES.items()),  # another family than LLaVA has a tower of its own
         *(train(v) for v in TRAINED),
         *(train("vladva", b) for b in BACKBONES),
         train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
@@ -137,6 +140,7 @@ def _items() -> list[Stage]:
     rows = lambda models: tuple(f"rows/{m}.csv" for m in models)
     figure, table, measures = (lambda n: tuple(f"figures/{n}.{s}" for s in ("svg", "png"))), (lambda n: tuple(f"tables/{n}.{s}" for s in ("csv", "md"))), (lambda n: (f"measures/{n}.csv",))
     study, before_and_after = ("prompts/prompts.csv",), model_files("vladva")
+    reported, cards = ("data/reported/vladva.json",), tuple(dict.fromkeys(f"models/{model_folder(m)}/card.json" for m in ROWS))
     return [
         Stage("fig1", "fig1", {}, before_and_after, figure("fig1")),
         Stage("fig2", "fig2", {}, study, figure("fig2")),
@@ -145,7 +149,9 @@ def _items() -> list[Stage]:
         Stage("fig5", "fig5", {}, study, figure("fig5") + measures("fig5")),
         Stage("fig6", "fig6", {}, before_and_after, figure("fig6") + measures("fig6")),
         Stage("fig7", "fig7", {}, ("captions/captions.csv",), figure("fig7") + table("fig7") + measures("fig7")),
-        *(Stage(t, t, {}, rows(OF_BACKBONES if t in ("tab5", "tab6", "tab7") else (*EVALUATED, "blind")), table(t), ("data/reported/vladva.json",)) for t in (f"tab{i}" for i in range(1, 10))),
+        *(Stage(t, t, {}, rows((*EVALUATED, "blind")), table(t), reported) for t in ("tab1", "tab2", "tab3", "tab8", "tab9")),
+        Stage("tab4", "tab4", {}, (*rows((*EVALUATED, "blind")), *cards), (*table("tab4"), BUDGETS), reported),
+        *(Stage(t, t, {}, rows(OF_BACKBONES), table(t), reported) for t in ("tab5", "tab6", "tab7")),
     ]
 
 # %% ../nbs/15_reproduce.ipynb #da9fa625
@@ -163,7 +169,9 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile, in an order in which it can run."
     if profile_of(profile).size == "checkpoint":
         raise InputError(f"profile {profile!r} needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
-    from_scratch = from_scratch or profile_of(profile).size != "micro"  # committed checkpoints are micro
+    if profile_of(profile).size not in LARGER:
+        raise InputError(f"profile {profile!r}: there is no larger model than {profile_of(profile).size!r}, which tables 5 to 7 need; use a size of {', '.join(LARGER)}")
+    from_scratch = from_scratch or profile_of(profile).size != "micro"  # the committed checkpoints are micro and one size up
     models = _models(profile, from_scratch)
     items, with_items = _items(), [m for m in ROWS if m != "blind"]
     claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in with_items), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
@@ -384,7 +392,7 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     return status
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
-SPACE = {"micro": 2e8, "mini": 5e8, "small": 1e9}  # bytes: the cpu profile leaves 35 MB, its trainings keep states while they run
+SPACE = {"micro": 4e8, "small": 2e9}  # bytes, by the size of a profile's models: several times what a run leaves, as its trainings keep states while they run
 
 
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
@@ -485,12 +493,13 @@ def load_rows(results: Path, models: tuple[str, ...] = (*EVALUATED, "blind")):
     return rows[rows.model.str.split(":").str[0].isin(models)].reset_index(drop=True)  # a blind rule is called 'blind: ...'
 
 
-RESULTS_VERSION = 2  # of rows, claims and manifest: raised when a reference of before can no longer be compared
+RESULTS_VERSION = 3  # of rows, claims and manifest: raised when a reference of before can no longer be compared
 
 
 def manifest(results: Path, profile: str) -> dict:
     "What was run: per stage the parameters, inputs, outputs, seconds and hashes; once the revision, versions and hardware."
-    status = {p.stem: read_object(p) for kind in ("status", "failures") for p in sorted((results / kind).glob("*.json"))}
+    kept = (p for kind in ("status", "failures") for p in sorted((results / kind).glob("*.json")))
+    status = {p.stem: read_object(p) for p in kept if p.stat().st_size}  # Snakemake makes an empty log where a stage has not failed
     for entry in status.values():
         entry.pop("stage", None)
     return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": status}

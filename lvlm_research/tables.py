@@ -12,6 +12,7 @@ import pandas as pd
 
 from .config import read_object, root, write_beside
 from .plotting import MODEL_NAMES
+from .reproduce import BUDGETS, model_folder
 
 # %% auto #0
 __all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets', 'readme_table']
@@ -61,37 +62,40 @@ def save_measures(
 
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
-    "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
+    "Pairs seen, trained parameters and seconds of every model of a run, and what it starts from with the training that went into that, from the cards."
     read = lambda name: read_object(results / "models" / name / "card.json") if (results / "models" / name / "card.json").is_file() else {}
     clip = read("clip")
     taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
-    origins = {"clip": taught, "clip-large": taught, "clip-equal": taught, "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
+    origins = {"clip": taught, "clip-large": taught, "clip-equal": "random weights, tower of CLIP before it saw pairs", "negclip": f"CLIP ({clip.get('pairs_seen', 0):,} pairs)"}
+
+    def base(card: dict) -> str:
+        tower = ", tower of CLIP" if "Llava" in card.get("model", "") else ""
+        return f"{card.get('conversations', 0):,} conversations, {card.get('alignment_scenes', 0):,} labelled scenes{tower}"
+
     cards = []
     for name, label in MODEL_NAMES.items():
-        if card := read(name):
-            base = read(Path(card.get("base", "")).name)
-            tower = ", tower of CLIP" if "Llava" in base.get("model", "") else ""
-            origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes{tower})")
-            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
+        if card := read(model_folder(name)):
+            fresh = f"random weights; generative training on {base(card)}" if name.startswith("zero-shot") else f"base LVLM ({base(read(Path(card.get('base', '')).name))})"
+            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origins.get(name, fresh)})
     return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
 
 # %% ../nbs/14a_tables.ipynb #47d76be2
 def readme_table(reference: Path) -> str:
-    "Markdown of the main table, from the rows, table 4 and the manifest of a run."
+    "Markdown of the main table, from the rows, budgets and manifest of a run."
     rows, manifest = pd.read_csv(reference / "rows.csv"), json.loads((reference / "manifest.json").read_text())
-    cost = pd.read_csv(reference / "tables" / "tab4.csv").set_index("model")
+    cost = pd.read_csv(reference / BUDGETS).set_index("model")
     shown = {"t2i R@1": ("in domain", "t2i R@1"), "i2t R@1": ("in domain", "i2t R@1"), **{g: (g, "mean accuracy") for g in ("replace", "swap", "add")}}
-    lines = ["| model | " + " | ".join(shown) + " | pairs seen | trained | minutes | tolerance | made by |", "|" + "---|" * (len(shown) + 6)]
+    lines = ["| model | " + " | ".join(shown) + " | pairs seen | trained parameters | minutes | tolerance | made by |", "|" + "---|" * (len(shown) + 6)]
     for model in (m for m in MODEL_NAMES if m in set(rows.model) and not m.startswith("blind")):
         found = rows[rows.model == model].set_index(["subset", "metric"])
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
         cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
-        stage = f"dual-{model}" if "clip" in model else model.replace("zero-shot", "base") if model.startswith("zero-shot") else f"train-{model}"
         pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
-        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
-                     f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`lvlm-research stage {stage} --profile {manifest['profile']}`"]) + " |")
+        before = f"{int(cost['pairs seen'][MODEL_NAMES['clip']]):,} + " if model == "negclip" else ""  # it continues from the trained CLIP
+        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, "" if pd.isna(pairs) else f"{before}{int(pairs):,}", "" if pd.isna(trained) else f"{int(trained):,}", "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
+                     f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`reproduce --only evaluate-{model} --profile {manifest['profile']}`"]) + " |")
     run = manifest["run"]
     minutes = sum(s["seconds"] for s in manifest["stages"].values()) / 60
     lines += ["", f"Percent, ± half of the 95 % interval over test items; one seed. Profile {manifest['profile']}, revision {run['revision'][:7]}, {run['cores']} cores ({run['machine']}), torch {run['versions']['torch']}; "
-              f"the stages take {minutes:.0f} minutes together, trainings on one core each. CLIP and the base come with the repository; the minutes of CLIP are those of its own training."]
+              f"the stages take {minutes:.0f} core-minutes together. The two larger trainings of CLIP and those of the bases (the zero-shot rows) come with the repository; their minutes are those of the training that made them."]
     return "\n".join(lines) + "\n"

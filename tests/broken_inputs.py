@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from lvlm_research.reproduce import RESULTS_VERSION
+
 CHECKPOINTS = Path(__file__).parent.parent / "data" / "checkpoints"
 
 
@@ -286,7 +288,7 @@ PROFILES = [file_case("profile", name, content, says, what) for name, content, s
 )]
 ZEROS = "0" * 64
 STAGE = {"state": "ok", "parameters": {}, "fingerprint": ZEROS, "reads": {}, "writes": {"tables/tab2.csv": ZEROS}}
-MANIFEST = {"format": 2, "profile": "cpu", "values": {"name": "cpu"}, "run": {"revision": "x"}, "stages": {"tab2": STAGE}}
+MANIFEST = {"format": RESULTS_VERSION, "profile": "cpu", "values": {"name": "cpu"}, "run": {"revision": "x"}, "stages": {"tab2": STAGE}}
 manifest = lambda **changes: put("manifest.json", MANIFEST | changes)
 table = put("tables/tab2.csv", "model\nVladVA\n")
 MANIFESTS = [Case(f"results: {what}", "results", make, says) for make, says, what in (

@@ -17,6 +17,7 @@ from lvlm_research.datasets import read_folder
 from lvlm_research.families import read_config
 from lvlm_research.formats import read_records
 from lvlm_research.public_benchmarks import TASKS, read_captions
+from lvlm_research.reproduce import RESULTS_VERSION
 from lvlm_research.verify import verify
 
 fuzzed = settings(max_examples=int(os.environ.get("LVLM_FUZZ", 25)), deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -162,7 +163,7 @@ def test_a_benchmark_of_any_bytes(task, place):
 
 stage = st.fixed_dictionaries({}, optional={"state": st.sampled_from(["ok", "failed"]) | scalars, "parameters": objects("seed"), "fingerprint": texts, "reads": st.dictionaries(texts, texts, max_size=2),
                                             "writes": st.dictionaries(texts, st.sampled_from(["0" * 64]) | scalars, max_size=2), "error": scalars})
-manifests = st.fixed_dictionaries({"format": st.sampled_from([2]) | scalars}, optional={"profile": texts, "values": objects("name"), "run": objects("revision"), "stages": st.dictionaries(texts, stage, max_size=3)})
+manifests = st.fixed_dictionaries({"format": st.just(RESULTS_VERSION) | scalars}, optional={"profile": texts, "values": objects("name"), "run": objects("revision"), "stages": st.dictionaries(texts, stage, max_size=3)})
 SETTINGS = {  # what is read -> reader, name of the file, what may be in it
     "profile": (lambda folder: profile_of(str(folder / "quick.json")), "quick.json", as_json(objects("extends", "train_steps", "learning_rate", "size", "precision")) | damaged(good({"extends": "smoke", "train_steps": 3}))),
     "config": (read_config, "config.json", as_json(objects("model_type", "text_config", "vision_config", "auto_map", "image_token_id")) | damaged(good({"model_type": "llava", "text_config": {"model_type": "llama"}}))),

@@ -59,7 +59,7 @@ def test_the_report_escapes_texts_and_forbids_scripts(tmp_path):
     write(tmp_path / "figures/fig7.svg", f"<svg><text>{HOSTILE}</text></svg>".encode())  # edited by somebody
     write(tmp_path / "tables/tab2.csv", f"model,source,score\n{HOSTILE},ours,1.0\n".encode())
     write(tmp_path / "claims.csv", ("claim,statistic,value,ci_low,ci_high,claimed,verdict,note\n" + ",".join([HOSTILE] * 8) + "\n").encode())
-    write(tmp_path / "status/tab3.json", json.dumps({"stage": "tab3", "error": HOSTILE}).encode())
+    write(tmp_path / "failures/tab3.json", json.dumps({"stage": "tab3", "error": HOSTILE}).encode())
     page = write_report(tmp_path, "smoke").read_text()
     body = page.replace((tmp_path / "figures/fig7.svg").read_text(), "")
     assert "<script" not in body and "&lt;script&gt;" in body and "\u202e" not in body and "\x1b" not in body
