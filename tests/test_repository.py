@@ -21,6 +21,7 @@ from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
 from lvlm_research.reproduce import ROWS, declared_parameters, fingerprint, stages
+from lvlm_research.tables import readme_table
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
@@ -109,6 +110,14 @@ def test_committed_weights_are_those_of_their_card(card):
 def test_the_table_of_the_readme_is_that_of_the_reference():
     readme = (ROOT / "README.md").read_text()
     assert with_results(readme, ROOT / "data/reference/cpu") == readme
+
+
+def test_every_row_of_the_readme_says_what_its_training_cost_and_how_it_is_made():
+    lines = [line.split("|")[1:-1] for line in readme_table(ROOT / "data/reference/cpu").splitlines() if line.startswith("| ")]
+    header = [cell.strip() for cell in lines[0]]
+    for line in lines[1:]:
+        row = dict(zip(header, map(str.strip, line), strict=True))
+        assert float(row["minutes"]) >= 0 and float(row["tolerance"]) >= 1 and "--only evaluate-" in row["made by"], row["model"]
 
 
 def test_the_rows_and_claims_of_the_reference_follow_from_the_items_beside_them():
