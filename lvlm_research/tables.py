@@ -12,6 +12,7 @@ import pandas as pd
 
 from .config import read_object, root, write_beside
 from .plotting import MODEL_NAMES
+from .reproduce import COMMITTED
 
 # %% auto #0
 __all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets', 'readme_table']
@@ -61,7 +62,7 @@ def save_measures(
 
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
-    "Pairs seen, trainable parameters and seconds of every trained model of a run, and what it starts from with the training that went into that, from the cards."
+    "Pairs seen and trainable parameters of every trained model of a run, and what it starts from with the training that went into that, from the cards. (Seconds are in the manifest: a table has no clock, so that a second run gives the same bytes.)"
     read = lambda name: read_object(results / "models" / name / "card.json") if (results / "models" / name / "card.json").is_file() else {}
     clip = read("clip")
     taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
@@ -72,10 +73,17 @@ def budgets(results: Path) -> pd.DataFrame:
             base = read(Path(card.get("base", "")).name)
             tower = ", tower of CLIP" if "Llava" in base.get("model", "") else ""
             origin = origins.get(name, f"base LVLM ({base.get('conversations', 0):,} conversations, {base.get('alignment_scenes', 0):,} labelled scenes{tower})")
-            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origin})
-    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
+            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "starts from": origin})
+    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64"})
 
 # %% ../nbs/14a_tables.ipynb #47d76be2
+def _seconds(model: str, stage: dict) -> float:
+    "Of the stage that made a model; of a committed checkpoint, which the stage only copied, those of its own training."
+    card = root() / "data" / "checkpoints" / COMMITTED.get(model, "") / "card.json"
+    copied = model in COMMITTED and not stage["parameters"]["from_scratch"] and card.is_file()
+    return read_object(card)["seconds"] if copied else stage["seconds"]
+
+
 def readme_table(reference: Path) -> str:
     "Markdown of the main table, from the rows, table 4 and the manifest of a run."
     rows, manifest = pd.read_csv(reference / "rows.csv"), json.loads((reference / "manifest.json").read_text())
@@ -87,8 +95,9 @@ def readme_table(reference: Path) -> str:
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
         cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
         stage = f"dual-{model}" if "clip" in model else model.replace("zero-shot", "base") if model.startswith("zero-shot") else f"train-{model}"
-        pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
-        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
+        pairs, trained = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters"))
+        minutes = "" if pd.isna(trained) else f"{_seconds(model, manifest['stages'][stage]) / 60:.0f}"
+        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, *("" if pd.isna(v) else f"{int(v):,}" for v in (pairs, trained)), minutes,
                      f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`lvlm-research stage {stage} --profile {manifest['profile']}`"]) + " |")
     run = manifest["run"]
     minutes = sum(s["seconds"] for s in manifest["stages"].values()) / 60
