@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import logging
 import math
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, clear_parts, no_room, write_beside
 
 # %% auto #0
-__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'StopWhenLost', 'started_together',
-           'is_first', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
+           'started_together', 'is_first', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
@@ -140,6 +142,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 # %% ../nbs/05a_fitting.ipynb #4e7889d0
+class StateFile(TorchCheckpointIO):
+    "Writes a state where it is wanted. Lightning's own goes by way of TMPDIR, which may be small, and leaves it there when it is killed."
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: None = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
+
+
 class KeepState(L.Callback):
     "Writes the state of a training every so many seconds and at its end; beside the old file, then in its place, while the old one becomes the one before."
 
@@ -284,7 +295,7 @@ def fit(
         check_space(kept.file.parent, 9 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
     callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = L.Trainer(max_steps=steps, accelerator="auto", precision=precision, gradient_clip_val=1.0, logger=False,
+    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
     module.train().started = time.perf_counter()
     trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
