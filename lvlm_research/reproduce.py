@@ -366,6 +366,11 @@ def _remove(stages: Iterable[Stage], folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def _entry(stage: Stage) -> dict:
+    "What a status says of a stage before it has run."
+    return {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}
+
+
 def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None = None, from_scratch: bool = False) -> dict:
     "Run one stage and return its status; raises InputError with one line if the notebook failed."
     folder, notebook = results_folder(profile, results).resolve(), notebook_path(stage.notebook)
@@ -375,7 +380,7 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": fingerprint(stage), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
-    status = {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}
+    status = _entry(stage)
     try:
         _execute(notebook, log, parameters)
         missing = [w for w in stage.writes if not (folder / w).is_file()]
@@ -512,11 +517,20 @@ def run_graph(
         code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
         if code:
             end_remains(folder)
+            killed = _say_killed(graph, folder)
             write_report(folder, profile)
     if code:
-        why = "the scheduler was killed" if code < 0 else f"see the line above and {folder / 'failures'}"
+        why = "the scheduler was killed" if code < 0 else f"stage {', '.join(killed)} was killed" if killed else f"see the line above and {folder / 'failures'}"
         raise InputError(f"the run stopped: {why}; `lvlm-research update --profile {profile}` goes on from there")
     return folder
+
+
+def _say_killed(graph: list[Stage], folder: Path) -> list[str]:
+    "Names of the stages that were killed; their failure files, which the scheduler made and nobody could fill, say so too."
+    killed = [stage for stage in graph if (folder / failure_file(stage.name)).is_file() and not (folder / failure_file(stage.name)).stat().st_size]
+    for stage in killed:
+        write_text(folder / failure_file(stage.name), json.dumps(_entry(stage) | {"state": "failed", "error": "the process of the stage was killed", "seconds": 0.0}, indent=1) + "\n")
+    return [stage.name for stage in killed]
 
 
 def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
