@@ -30,6 +30,8 @@ def run_reproduce(args: argparse.Namespace) -> int:
         if args.only:
             raise InputError("--check compares all rows and claims: leave out --only")
         reference_folder(args.profile)  # refused before anything runs
+    if args.twice and args.cluster:
+        raise InputError("--twice compares two runs of one machine: leave out --cluster")
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
     folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only, args.cluster)
     for title, name in (("report", "report.html"), ("figures", "figures"), ("tables", "tables"), ("manifest", "manifest.json")):
@@ -44,7 +46,7 @@ def _again(args: argparse.Namespace, first: Path) -> int:
     "Reproduce into a folder beside, and name what differs; 1 if anything does."
     from lvlm_research.twice import reproduce_again
 
-    found = reproduce_again(first, args.profile, args.from_scratch, args.cores, args.only, args.cluster)
+    found = reproduce_again(first, args.profile, args.cores, args.only)
     for line in found.different:
         print(f"twice    {line}")
     print(f"twice    {len(found.different)} of {found.files} files differ" + (f"; the second run is in {found.second}" if found.different else ""))

@@ -322,7 +322,6 @@ def no_room(error: OSError) -> bool:
     "Whether writing failed for lack of room: a full disk, a quota, a limit on the size of files."
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
 # %% ../nbs/00_config.ipynb #5cf16ffa
 _OURS, _NEW = "lvlm-", "new-lvlm-"  # names of temporary folders, held and not yet held
 

@@ -161,13 +161,13 @@ class KeepState(L.Callback):
     def find(self) -> int:
         "The step to go on from, that of the newest good state of this training; 0 if there is none. Says what is damaged."
         damaged = []
-        for self.last in (self.file, self.before):
+        for file in (self.file, self.before):
             try:
-                self.step = _step_of(self.last, self.owner)
+                if step := _step_of(file, self.owner):
+                    self.last, self.step = file, step
+                    break
             except Exception as error:  # whatever torch makes of a torn file
-                damaged.append(f"{self.last}: not a state to go on from ({type(error).__name__})")
-            if self.step:
-                break
+                damaged.append(f"{file}: not a state to go on from ({type(error).__name__})")
         if damaged and is_first():
             print(*damaged, f"going on from the state before, {self.last}" if self.step else "training starts anew", sep="; ")
         return self.step
@@ -225,7 +225,6 @@ def _step_of(file: Path, owner: str) -> int:
             raise zipfile.BadZipFile(f"{torn} has another check sum")
     kept = torch.load(file, weights_only=True, map_location="cpu")
     return kept["global_step"] if kept["owner"] == owner else 0
-
 
 # %% ../nbs/05a_fitting.ipynb #0175a70d
 EXPLODED = 1000.0  # times the first loss, or times 1 if that was smaller

@@ -30,8 +30,8 @@ __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'RO
            'RUN', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files',
            'status_file', 'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
            'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
-           'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'exclusive', 'is_current', 'run_graph',
-           'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
+           'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'lock_of', 'exclusive', 'is_current',
+           'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html', 'report_html',
            'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
@@ -438,7 +438,8 @@ def end_remains(folder: Path) -> None:
             process.kill()
     psutil.wait_procs(left, timeout=10)
     for part in folder.rglob(".*.part[0-9]*"):
-        part.unlink()
+        if part.is_file():
+            part.unlink()
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
 SPACE = {"micro": 2e8, "mini": 5e8, "small": 1e9}  # bytes: the cpu profile leaves 35 MB, its trainings keep states while they run
@@ -461,10 +462,15 @@ def has_snakemake() -> bool:
     return find_spec("snakemake") is not None
 
 
+def lock_of(folder: Path) -> Path:
+    "The lock of a results folder, beside it."
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     "Only one run at a time may work in a results folder; the lock lies beside it and dies with its process."
-    lock = FileLock(str(folder.parent / f".{folder.name}.lock"))
+    lock = FileLock(str(lock_of(folder)))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -79,9 +79,11 @@ def budgets(results: Path) -> pd.DataFrame:
 # %% ../nbs/14a_tables.ipynb #47d76be2
 def _seconds(model: str, stage: dict) -> float:
     "Of the stage that made a model; of a committed checkpoint, which the stage only copied, those of its own training."
-    card = root() / "data" / "checkpoints" / COMMITTED.get(model, "") / "card.json"
-    copied = model in COMMITTED and not stage["parameters"]["from_scratch"] and card.is_file()
-    return read_object(card)["seconds"] if copied else stage["seconds"]
+    if model in COMMITTED and not stage["parameters"]["from_scratch"]:
+        card = root() / "data" / "checkpoints" / COMMITTED[model] / "card.json"
+        if card.is_file():
+            return read_object(card)["seconds"]
+    return stage["seconds"]
 
 
 def readme_table(reference: Path) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .reproduce import Stage, needed_for, run_graph, stages
+from .config import read_object
+from .reproduce import Stage, lock_of, needed_for, run_graph, stages
 
 # %% auto #0
 __all__ = ['COMPARED', 'Comparison', 'compare_runs', 'reproduce_again']
@@ -44,15 +45,15 @@ def compare_runs(first: Path, second: Path, graph: list[Stage]) -> Comparison:
 def reproduce_again(
     first: Path,  # results of a run
     profile: str,
-    from_scratch: bool = False,
     cores: int | None = None,  # default: all
     only: str = "",  # one stage and what it needs
-    cluster: str = "",
 ) -> Comparison:
     "Run a profile from nothing into `NAME.second` beside the results, and compare both. InputError if the second run fails."
-    second = run_graph(profile, str(first.with_name(f"{first.name}.second")), True, from_scratch, cores, only, cluster)
+    from_scratch = read_object(first / "profile.json")["from_scratch"]
+    second = run_graph(profile, str(first.with_name(f"{first.name}.second")), True, from_scratch, cores, only)
     graph = stages(profile, from_scratch)
     found = compare_runs(first, second, needed_for(only, graph) if only else graph)
     if not found.different:
         shutil.rmtree(second)
+        lock_of(second).unlink(missing_ok=True)
     return found
