@@ -13,14 +13,14 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from .config import InputError, root, set_threads, visible, write_beside
+from .config import InputError, no_room, root, set_threads, visible, write_beside
 
 # %% auto #0
 __all__ = ['run_reproduce', 'run_reference', 'run_one_stage', 'run_evaluate', 'run_train', 'run_embed', 'run_search',
            'run_export', 'run_doctor', 'run_verify', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #5d56f88e
-def run_reproduce(args: argparse.Namespace) -> None:
+def run_reproduce(args: argparse.Namespace) -> int:
     "Regenerate (`reproduce`) or bring up to date (`update`) every figure and table of a profile."
     from lvlm_research.reproduce import run_graph
 
@@ -30,6 +30,8 @@ def run_reproduce(args: argparse.Namespace) -> None:
         if args.only:
             raise InputError("--check compares all rows and claims: leave out --only")
         reference_folder(args.profile)  # refused before anything runs
+    if args.twice and args.cluster:
+        raise InputError("--twice compares two runs of one machine: leave out --cluster")
     fresh = args.verb == "reproduce" and not args.only  # one item is no reason to throw the others away
     folder = run_graph(args.profile, args.results, fresh, args.from_scratch, args.cores, args.only, args.cluster)
     for title, name in (("report", "report.html"), ("figures", "figures"), ("tables", "tables"), ("manifest", "manifest.json")):
@@ -37,6 +39,18 @@ def run_reproduce(args: argparse.Namespace) -> None:
             print(f"{title:8} {folder / name}")
     if args.check:
         _check(folder, args.profile)
+    return _again(args, folder) if args.twice else 0
+
+
+def _again(args: argparse.Namespace, first: Path) -> int:
+    "Reproduce into a folder beside, and name what differs; 1 if anything does."
+    from lvlm_research.twice import reproduce_again
+
+    found = reproduce_again(first, args.profile, args.cores, args.only)
+    for line in found.different:
+        print(f"twice    {line}")
+    print(f"twice    {len(found.different)} of {found.files} files differ" + (f"; the second run is in {found.second}" if found.different else ""))
+    return int(bool(found.different))
 
 
 def _check(folder: Path, profile: str) -> None:
@@ -59,14 +73,17 @@ def run_reference(args: argparse.Namespace) -> None:
 
 def run_one_stage(args: argparse.Namespace) -> None:
     "Run one stage of the graph (what Snakemake calls)."
-    from lvlm_research.reproduce import IN_GRAPH, Stage, exclusive, results_folder, run_stage, stage_of, stages
+    from lvlm_research.reproduce import IN_GRAPH, Stage, end_with, exclusive, results_folder, run_stage, stage_of, stages
 
+    parent = os.environ.get(IN_GRAPH)
+    if parent:
+        end_with(int(parent))
     stage = stage_of(args.name, stages(args.profile, args.from_scratch))
     extra = dict(_parameter(p) for p in args.parameter)
     stage = Stage(**{**vars(stage), "parameters": stage.parameters | extra})
     print(f"{stage.name:14} ...", flush=True)
     folder = results_folder(args.profile, args.results).resolve()
-    with nullcontext() if os.environ.get(IN_GRAPH) else exclusive(folder):
+    with nullcontext() if parent else exclusive(folder):
         status = run_stage(stage, args.profile, args.results, args.threads, args.from_scratch)
     print(f"{stage.name:14} {status['seconds']:7.1f} s", flush=True)
 
@@ -252,6 +269,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--check", action="store_true", help="then compare rows and claims with the committed reference")
         sub.add_argument("--only", default="", metavar="STAGE", help="one item, for example fig5, and just what it needs")
         sub.add_argument("--cluster", default="", metavar="DIR", help="submit the stages with this snakemake profile, for example workflow/slurm")
+        if name == "reproduce":
+            sub.add_argument("--twice", action="store_true", help="then run all once more and compare rows, claims, tables, figures and weights byte for byte; exit code 1 if any differ")
+        else:
+            sub.set_defaults(twice=False)
     sub = verb("reference", run_reference, "make a finished run the committed reference, with the outputs of the paper's notebooks and the table of the README")
     sub.add_argument("--profile", default="cpu", help="smoke, cpu or gpu")
     sub.add_argument("--results", default="", help="folder of the run (default: results/PROFILE)")
@@ -324,18 +345,21 @@ def _model_and_data(sub: argparse.ArgumentParser, help: str, model_required: boo
 
 
 def main(argv: list[str] | None = None) -> int:
-    "Entry point: 0, or 2 with one line on stderr."
+    "Entry point: 0, or 2 with one line on stderr; 1 where a comparison that was asked for finds a difference."
     args = parser().parse_args(argv)
     say = lambda message: print(f"lvlm-research: {' '.join(str(message).split())}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata are no news to somebody who wants the pixels
         warnings.showwarning = lambda message, *_, **__: say(message)
         try:
-            args.run(args)
+            return args.run(args) or 0
         except InputError as error:
             say(error)
-            return 2
-    return 0
+        except OSError as error:
+            if not no_room(error):
+                raise
+            say(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free some space and give the same command again, which goes on where it can")
+    return 2
 
 # %% ../nbs/16_cli.ipynb #363b6194
 #| eval: false

@@ -5,6 +5,9 @@
 # %% ../nbs/00_config.ipynb #74f5a5bd
 from __future__ import annotations
 
+import atexit
+import errno
+import glob
 import hashlib
 import json
 import math
@@ -14,6 +17,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,9 +27,9 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile', 'visible',
            'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object', 'read_json',
-           'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'write_text', 'sha256',
-           'write_card', 'check_card', 'check_space', 'git_revision', 'run_identity', 'available_cores', 'set_threads',
-           'method_of']
+           'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'clear_parts', 'write_text',
+           'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'temporary_folder', 'git_revision',
+           'run_identity', 'available_cores', 'set_threads', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
@@ -255,6 +259,13 @@ def write_beside(path: str | Path):
         part.unlink(missing_ok=True)
 
 
+def clear_parts(path: str | Path) -> None:
+    "Remove what killed writers of this file have left beside it."
+    path = Path(path)
+    for part in path.parent.glob(f".{glob.escape(path.stem)}.part[0-9]*{glob.escape(path.suffix)}"):
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     "Write a text file whole or not at all."
     with write_beside(path) as part:
@@ -307,6 +318,37 @@ def check_space(
     if free < needed:
         raise InputError(f"{folder}: {free / 1e6:,.0f} MB are free, {what} needs about {needed / 1e6:,.0f}; free some space or write elsewhere")
 
+
+def no_room(error: OSError) -> bool:
+    "Whether writing failed for lack of room: a full disk, a quota, a limit on the size of files."
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# %% ../nbs/00_config.ipynb #5cf16ffa
+_OURS, _NEW = "lvlm-", "new-lvlm-"  # names of temporary folders, held and not yet held
+
+
+def temporary_folder() -> Path:
+    "A new folder below TMPDIR that goes when Python ends; those of killed processes go now."
+    from filelock import FileLock, Timeout
+
+    for old in Path(tempfile.gettempdir()).glob(f"{_OURS}*/lock"):
+        try:
+            with FileLock(str(old), timeout=0):
+                shutil.rmtree(old.parent, ignore_errors=True)
+        except (Timeout, OSError):  # in use, or another person's
+            pass
+    made = Path(tempfile.mkdtemp(prefix=_NEW))
+    folder = made.with_name(made.name.replace(_NEW, _OURS))
+    lock = FileLock(str(made / "lock"))
+    lock.acquire()
+    made.rename(folder)
+    atexit.register(_remove_held, folder, lock)  # which also keeps the lock: one that nothing refers to is released
+    return folder
+
+
+def _remove_held(folder: Path, lock) -> None:
+    lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/00_config.ipynb #d44bf3d8
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "seaborn", "papermill", "snakemake")

@@ -13,8 +13,10 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
+import lightning as L
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
 from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
@@ -148,7 +150,19 @@ def _is_free(output: Path) -> None:
         raise InputError(f"{output}: is there already and no unfinished training; give a new folder as 'output'")
 
 
-def fine_tune(config: FineTuning, progress: bool = False) -> FitModule:
+def _save_or_nothing(config: FineTuning, module: FitModule) -> None:
+    "Write the adapter; where it cannot be written, nothing of it is left."
+    output = Path(config.output)
+    try:
+        save_trained(config, module)
+    except (OSError, SafetensorError) as error:
+        for file in output.iterdir():
+            if file.name != UNFINISHED:
+                file.unlink()
+        raise InputError(f"{output}: the adapter cannot be written ({error}); the last state of the training is kept: free some space and start it again") from error
+
+
+def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Callback] | None = None) -> FitModule:
     "Train, and write the adapter to `config.output`; a killed training goes on from its last state and ends with the same weights. InputError says what is wrong with config, model or data."
     output = Path(config.output)
     _is_free(output)
@@ -156,8 +170,8 @@ def fine_tune(config: FineTuning, progress: bool = False) -> FitModule:
     draw, report = batches(config, module.embedder)
     if is_first():
         print(*filter(None, (report, summary(config, module))), sep="\n")
-    fit(module, draw, config.steps, config.precision, progress, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
+    fit(module, draw, config.steps, config.precision, progress, callbacks, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
     if is_first():
-        save_trained(config, module)
+        _save_or_nothing(config, module)
         shutil.rmtree(output / UNFINISHED)
     return module

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import logging
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import is_dataclass
@@ -21,13 +23,14 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, IterableDataset
 
-from .config import InputError, check_space, write_beside
+from .config import InputError, check_space, clear_parts, no_room, write_beside
 
 # %% auto #0
-__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'KeepState', 'StopWhenLost', 'started_together',
-           'is_first', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
+           'started_together', 'is_first', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
@@ -139,21 +142,55 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 # %% ../nbs/05a_fitting.ipynb #4e7889d0
+class StateFile(TorchCheckpointIO):
+    "Writes a state where it is wanted. Lightning's own goes by way of TMPDIR, which may be small, and leaves it there when it is killed."
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: None = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
+
+
 class KeepState(L.Callback):
-    "Writes the state of a training every so many seconds and at its end; beside the old file, then in its place."
+    "Writes the state of a training every so many seconds and at its end; beside the old file, then in its place, while the old one becomes the one before."
 
     def __init__(self, file: Path, owner: str, every: float):
-        self.file, self.owner, self.every, self.written = file, owner, every, time.monotonic()
-        self.step = 0  # of the state in the file
+        self.file, self.before, self.owner, self.every, self.written = file, file.with_stem(f"{file.stem}.before"), owner, every, time.monotonic()
+        self.last, self.step = file, 0  # the last good state, and the step that it is of
+
+    def find(self) -> int:
+        "The step to go on from, that of the newest good state of this training; 0 if there is none. Says what is damaged."
+        damaged = []
+        for file in (self.file, self.before):
+            try:
+                if step := _step_of(file, self.owner):
+                    self.last, self.step = file, step
+                    break
+            except Exception as error:  # whatever torch makes of a torn file
+                damaged.append(f"{file}: not a state to go on from ({type(error).__name__})")
+        if damaged and is_first():
+            print(*damaged, f"going on from the state before, {self.last}" if self.step else "training starts anew", sep="; ")
+        return self.step
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["owner"] = self.owner
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         if time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps:
-            with write_beside(self.file) if trainer.is_global_zero else nullcontext(self.file) as part:
-                trainer.save_checkpoint(part)  # every process takes part, the first one writes
-            self.written, self.step = time.monotonic(), trainer.global_step
+            try:
+                with write_beside(self.file) if trainer.is_global_zero else nullcontext(self.file) as part:
+                    trainer.save_checkpoint(part)  # every process takes part, the first one writes
+                    if trainer.is_global_zero and self.step and self.last == self.file:  # not a damaged one in the place of a good one
+                        os.replace(self.file, self.before)
+            except OSError as error:
+                if not no_room(error):
+                    raise
+                raise InputError(f"training stopped after step {trainer.global_step}: {self.file} cannot be written ({error.strerror}); {self.said()}; free some space and start it again") from error
+            self.written, self.last, self.step = time.monotonic(), self.file, trainer.global_step
+
+    def said(self) -> str:
+        "Where the last good state is."
+        return f"the last good state, of step {self.step}, is {self.last}" if self.step else "no state was kept"
 
 
 def _bytes(value) -> Iterator[bytes]:
@@ -180,15 +217,14 @@ def _owner(module: FitModule, draw: Callable[[int], object], steps: int, precisi
 
 
 def _step_of(file: Path, owner: str) -> int:
-    "The step that a kept state is from; 0 if there is none, or it is damaged or of another training."
-    try:
-        kept = torch.load(file, weights_only=True, map_location="cpu")
-        return kept["global_step"] if kept["owner"] == owner else 0
-    except FileNotFoundError:
+    "The step that a kept state is from; 0 if there is none, or it is of another training. Any error if it is damaged."
+    if not file.is_file():
         return 0
-    except Exception as error:  # whatever torch makes of a torn file
-        print(f"{file}: not a state to go on from ({type(error).__name__}); training starts anew")
-        return 0
+    with zipfile.ZipFile(file) as archive:
+        if torn := archive.testzip():
+            raise zipfile.BadZipFile(f"{torn} has another check sum")
+    kept = torch.load(file, weights_only=True, map_location="cpu")
+    return kept["global_step"] if kept["owner"] == owner else 0
 
 # %% ../nbs/05a_fitting.ipynb #0175a70d
 EXPLODED = 1000.0  # times the first loss, or times 1 if that was smaller
@@ -217,7 +253,7 @@ class StopWhenLost(L.Callback):
 
     def stop(self, trainer, fault: str) -> None:
         "InputError that says where the training stopped, and what is left of it."
-        state = f"the last good state, of step {self.kept.step}, is {self.kept.file}" if self.kept and self.kept.step else "no state was kept"
+        state = self.kept.said() if self.kept else "no state was kept"
         batch = f" on records {'; '.join(self.records)}" if self.records else ""
         raise InputError(f"training stopped before step {trainer.global_step}: {fault}{batch}; {state}; lower the learning rate, or look at these records")
 
@@ -249,18 +285,18 @@ def fit(
 ) -> FitModule:
     "Train for a number of steps, or on from the state in `keep`, on one device or on those of `started_together`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
     owner = _owner(module, draw, steps, precision) if keep else ""
-    first = _step_of(keep, owner) if keep else 0
-    kept = KeepState(keep, owner, every) if keep else None
-    if first:
+    kept = KeepState(Path(keep), owner, every) if keep else None
+    if first := kept.find() if kept else 0:
         print(f"going on from step {first} of {steps}")
-        kept.step = first
-    if keep:  # weights and two moments, beside the state before
-        check_space(Path(keep).parent, 6 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
+    if kept:  # weights and two moments, beside the two states before
+        if is_first():
+            clear_parts(kept.file)
+        check_space(kept.file.parent, 9 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
     callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = L.Trainer(max_steps=steps, accelerator="auto", precision=precision, gradient_clip_val=1.0, logger=False,
+    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
     module.train().started = time.perf_counter()
-    trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=keep if first else None, weights_only=True)
+    trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()

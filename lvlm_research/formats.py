@@ -5,7 +5,6 @@
 # %% ../nbs/03a_formats.ipynb #192e8f9e
 from __future__ import annotations
 
-import atexit
 import csv
 import io
 import itertools
@@ -27,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
 
-from .config import InputError, check_file, check_space, json_object, utf8, visible
+from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
 from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import open_image
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
@@ -394,14 +393,13 @@ def read_records(
 
 
 def _on_disk(records: Iterator[dict], path: Path, name: str) -> Dataset:
-    "Write records as they come, and map the file; it goes when Python ends."
+    "Write records as they come, and map the file; it goes when Python ends, or with the next one where Python was killed."
     first = next(records, None)
     if first is None:
         raise InputError(f"{path}: holds no records")
     kinds = {"where": pa.string(), "captions": pa.list_(pa.string()), "image": pa.string(), "at": pa.list_(pa.int64())}
     schema = pa.schema({key: kinds.get(key, pa.string()) for key in first})
-    folder = tempfile.mkdtemp(prefix="lvlm-records-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary_folder()
     rows = itertools.chain([first], records)
     try:
         with pa.OSFile(f"{folder}/records.arrow", "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

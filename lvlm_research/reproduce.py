@@ -14,24 +14,25 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import LARGER, InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, visible, write_text
+from .config import LARGER, InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'BUDGETS',
-           'IN_GRAPH', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files', 'model_files',
-           'status_file', 'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
-           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'downstream', 'run_stage',
-           'has_snakemake', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals',
-           'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
+           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files',
+           'model_files', 'status_file', 'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path',
+           'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact',
+           'downstream', 'run_stage', 'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'lock_of',
+           'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html',
+           'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def fingerprint(stage: Stage) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/15_reproduce.ipynb #70a19665
-IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock
+IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock: the process that they live with
 
 
 def _owner(profile: str) -> dict:
@@ -347,20 +348,35 @@ def _execute(source: Path, log: Path, parameters: dict) -> None:
     from jupyter_client import AsyncKernelManager
 
     for attempt in (1, 2):
-        with tempfile.TemporaryDirectory(prefix="lvlm-") as sockets:
-            manager = type("PrivateKernelManager", (AsyncKernelManager,), {"transport": "ipc", "ip": f"{sockets}/k"})
-            try:
-                papermill.execute_notebook(str(source), str(log), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), kernel_manager_class=manager)
-                return
-            except RuntimeError as error:
-                if attempt == 2 or "before replying to kernel_info" not in str(error) and "Kernel didn't respond" not in str(error):
-                    raise
+        sockets = temporary_folder()
+        os.environ["JUPYTER_RUNTIME_DIR"] = str(sockets)
+        manager = type("PrivateKernelManager", (AsyncKernelManager,), {"transport": "ipc", "ip": f"{sockets}/k"})
+        try:
+            papermill.execute_notebook(str(source), str(log), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), kernel_manager_class=manager)
+            return
+        except RuntimeError as error:
+            if attempt == 2 or "before replying to kernel_info" not in str(error) and "Kernel didn't respond" not in str(error):
+                raise
 
 
 def _cause(error: Exception) -> str:
     "One line of what went wrong in a notebook."
+    if type(error).__name__ == "DeadKernelError":
+        return "the process of the notebook was killed, perhaps because memory ran out; what it had kept of a training is there, and the next run goes on from it"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+def _remove(stages: Iterable[Stage], folder: Path) -> None:
+    "Take away what stages have written."
+    for stage in stages:
+        for name in (*stage.writes, status_file(stage.name), failure_file(stage.name)):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _entry(stage: Stage) -> dict:
+    "What a status says of a stage before it has run."
+    return {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}
 
 
 def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None = None, from_scratch: bool = False) -> dict:
@@ -368,13 +384,11 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     folder, notebook = results_folder(profile, results).resolve(), notebook_path(stage.notebook)
     parameters = {"profile": profile, "results": str(folder), **stage.parameters}
     check_parameters(notebook, parameters)
-    for other in downstream(stage, stages(profile, from_scratch)):
-        for name in (*other.writes, status_file(other.name), failure_file(other.name)):
-            (folder / name).unlink(missing_ok=True)
+    _remove(downstream(stage, stages(profile, from_scratch)), folder)
     os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": fingerprint(stage), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
-    status = {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}
+    status = _entry(stage)
     try:
         _execute(notebook, log, parameters)
         missing = [w for w in stage.writes if not (folder / w).is_file()]
@@ -391,6 +405,50 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     write_text(folder / status_file(stage.name), json.dumps(status, indent=1) + "\n")
     return status
 
+# %% ../nbs/15_reproduce.ipynb #61c7929f
+RUN = "LVLM_RUN"  # in the environment of all processes of a run: its results folder
+
+
+def end_with(parent: int) -> None:
+    "Watch the process `parent` that started this one: when it is gone, end all that this one has started, and this one."
+    import psutil
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def processes_of(folder: Path) -> list:
+    "What is running of a run in this results folder, but for this process, as processes of psutil."
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone, or another person's
+            if process.environ().get(RUN) == str(folder) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def end_remains(folder: Path) -> None:
+    "End what a run in this results folder has left running, and remove what killed writers have left of files."
+    import psutil
+
+    left = processes_of(folder)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+    for part in folder.rglob(".*.part[0-9]*"):
+        if part.is_file():
+            part.unlink()
+
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
 SPACE = {"micro": 4e8, "small": 2e9}  # bytes, by the size of a profile's models: several times what a run leaves, as its trainings keep states while they run
 
@@ -399,9 +457,10 @@ def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targe
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
     here = ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going", "--quiet", "all"]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--nolock",
+    watched = f"import runpy; from lvlm_research.reproduce import end_with; end_with({os.getpid()}); runpy.run_module('snakemake', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", watched, "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--nolock",
                *(["--profile", str(Path(cluster).resolve())] if cluster else here), "--config", f"profile={profile}", f"from_scratch={from_scratch}", *([] if cluster else [f"cores={cores}"]), "--", *targets]
-    return subprocess.run(command, cwd=root()).returncode
+    return subprocess.run(command, cwd=root(), env=os.environ | {RUN: str(folder)}).returncode
 
 
 def has_snakemake() -> bool:
@@ -411,10 +470,15 @@ def has_snakemake() -> bool:
     return find_spec("snakemake") is not None
 
 
+def lock_of(folder: Path) -> Path:
+    "The lock of a results folder, beside it."
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     "Only one run at a time may work in a results folder; the lock lies beside it and dies with its process."
-    lock = FileLock(str(folder.parent / f".{folder.name}.lock"))
+    lock = FileLock(str(lock_of(folder)))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -452,23 +516,35 @@ def run_graph(
     check_space(results or root() / "results", int(SPACE[profile_of(profile).size]), f"a run of profile {profile_of(profile).name}")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
+        end_remains(folder)
         if fresh:
             shutil.rmtree(folder)
             results_folder(profile, str(folder))
         from_scratch = from_scratch or (not fresh and _mark(folder).get("from_scratch", False))  # an update goes on with what was begun
         write_text(folder / "profile.json", json.dumps(_owner(profile) | {"from_scratch": from_scratch}) + "\n")
-        graph = needed_for(only, stages(profile, from_scratch)) if only else stages(profile, from_scratch)
+        whole = stages(profile, from_scratch)
+        graph = needed_for(only, whole) if only else whole
         print(f"profile {profile}: {len(graph)} stages on {f'the cluster of {cluster}' if cluster else f'{cores} cores'} into {folder}", flush=True)
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
             if (folder / status_file(stage.name)).exists() and not is_current(stage, folder):
-                for name in stage.writes:
-                    (folder / name).unlink(missing_ok=True)
+                _remove(downstream(stage, whole), folder)
         code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
         if code:
+            end_remains(folder)
+            killed = _say_killed(graph, folder)
             write_report(folder, profile)
     if code:
-        raise InputError(f"the run stopped; see the line above and {folder / 'failures'}, then `lvlm-research update --profile {profile}` goes on from there")
+        why = "the scheduler was killed" if code < 0 else f"stage {', '.join(killed)} was killed" if killed else f"see the line above and {folder / 'failures'}"
+        raise InputError(f"the run stopped: {why}; `lvlm-research update --profile {profile}` goes on from there")
     return folder
+
+
+def _say_killed(graph: list[Stage], folder: Path) -> list[str]:
+    "Names of the stages that were killed; their failure files, which the scheduler made and nobody could fill, say so too."
+    killed = [stage for stage in graph if (folder / failure_file(stage.name)).is_file() and not (folder / failure_file(stage.name)).stat().st_size]
+    for stage in killed:
+        write_text(folder / failure_file(stage.name), json.dumps(_entry(stage) | {"state": "failed", "error": "the process of the stage was killed", "seconds": 0.0}, indent=1) + "\n")
+    return [stage.name for stage in killed]
 
 
 def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
@@ -478,7 +554,7 @@ def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_s
         if is_current(stage, folder) or not all((folder / name).is_file() for name in stage.reads):
             continue
         command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(stage.threads or cores)]
-        failed = subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: "1"}).returncode or failed
+        failed = subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: str(os.getpid()), RUN: str(folder)}).returncode or failed
     return failed
 
 # %% ../nbs/15_reproduce.ipynb #8c841056

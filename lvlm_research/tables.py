@@ -12,7 +12,7 @@ import pandas as pd
 
 from .config import read_object, root, write_beside
 from .plotting import MODEL_NAMES
-from .reproduce import BUDGETS, model_folder
+from .reproduce import BUDGETS, COMMITTED, model_folder
 
 # %% auto #0
 __all__ = ['reported', 'wide', 'group_means', 'apart', 'save_measures', 'budgets', 'readme_table']
@@ -62,7 +62,7 @@ def save_measures(
 
 # %% ../nbs/14a_tables.ipynb #07e43cf8
 def budgets(results: Path) -> pd.DataFrame:
-    "Pairs seen, trained parameters and seconds of every model of a run, and what it starts from with the training that went into that, from the cards."
+    "Pairs seen and trained parameters of every model of a run, and what it starts from with the training that went into that, from the cards. (Seconds are in the manifest: a table has no clock, so that a second run gives the same bytes.)"
     read = lambda name: read_object(results / "models" / name / "card.json") if (results / "models" / name / "card.json").is_file() else {}
     clip = read("clip")
     taught = f"random weights, tower taught on {clip.get('tower_scenes', 0):,} labelled scenes"
@@ -76,10 +76,20 @@ def budgets(results: Path) -> pd.DataFrame:
     for name, label in MODEL_NAMES.items():
         if card := read(model_folder(name)):
             fresh = f"random weights; generative training on {base(card)}" if name.startswith("zero-shot") else f"base LVLM ({base(read(Path(card.get('base', '')).name))})"
-            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "seconds": card.get("seconds"), "starts from": origins.get(name, fresh)})
-    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "seconds", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64", "seconds": "Int64"})
+            cards.append({"model": label, "pairs seen": card.get("pairs_seen"), "trained parameters": card.get("trained_parameters"), "starts from": origins.get(name, fresh)})
+    return pd.DataFrame(cards, columns=["model", "pairs seen", "trained parameters", "starts from"]).astype({"pairs seen": "Int64", "trained parameters": "Int64"})
 
 # %% ../nbs/14a_tables.ipynb #47d76be2
+def _seconds(model: str, run: dict) -> float:
+    "Of the stage that made a model; of a committed checkpoint, which the stage only copied, those of its own training."
+    folder = model_folder(model)
+    made_by = f"dual-{model}" if "clip" in model else f"train-{model}" if not model.startswith("zero-shot") else "base" if folder == "base" else f"base-{folder}"
+    stage = run["stages"][made_by]
+    if folder in COMMITTED and not stage["parameters"]["from_scratch"]:
+        return read_object(root() / "data" / "checkpoints" / COMMITTED[folder] / "card.json")["seconds"]
+    return stage["seconds"]
+
+
 def readme_table(reference: Path) -> str:
     "Markdown of the main table, from the rows, budgets and manifest of a run."
     rows, manifest = pd.read_csv(reference / "rows.csv"), json.loads((reference / "manifest.json").read_text())
@@ -90,9 +100,9 @@ def readme_table(reference: Path) -> str:
         found = rows[rows.model == model].set_index(["subset", "metric"])
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2
         cells = [f"{found.value[key]:.1f} ± {half(key):.1f}" for key in shown.values()]
-        pairs, trained, seconds = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters", "seconds"))
+        pairs, trained = (cost[c].get(MODEL_NAMES[model]) for c in ("pairs seen", "trained parameters"))
         before = f"{int(cost['pairs seen'][MODEL_NAMES['clip']]):,} + " if model == "negclip" else ""  # it continues from the trained CLIP
-        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, "" if pd.isna(pairs) else f"{before}{int(pairs):,}", "" if pd.isna(trained) else f"{int(trained):,}", "" if pd.isna(seconds) else f"{seconds / 60:.0f}",
+        lines.append(f"| {MODEL_NAMES[model]} | " + " | ".join([*cells, "" if pd.isna(pairs) else f"{before}{int(pairs):,}", "" if pd.isna(trained) else f"{int(trained):,}", f"{_seconds(model, manifest) / 60:.0f}",
                      f"{max(2 * half(shown['t2i R@1']), 1.0):.1f}", f"`reproduce --only evaluate-{model} --profile {manifest['profile']}`"]) + " |")
     run = manifest["run"]
     minutes = sum(s["seconds"] for s in manifest["stages"].values()) / 60

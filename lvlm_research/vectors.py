@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import InputError, find_model, read_object, write_beside, write_text
+from .config import InputError, check_space, clear_parts, find_model, no_room, read_object, write_beside, write_text
 from .datasets import only_split
 from .embedder import Encodes, Picture, ahead, open_image, shortened
 from .evaluation import load_embedder, model_signature
@@ -230,20 +230,24 @@ def _check_place(out: Path) -> None:
         raise InputError(f"{out}: is there already, and not written by lvlm-research embed; give another place, or remove it")
 
 # %% ../nbs/12b_vectors.ipynb #3dbf2351
+def _rows_of(out: Path) -> Path:
+    "The parquet with the rows of one file."
+    return out if out.suffix == FILES[0] else out.with_name(f"{out.name}.rows.parquet")
+
+
 def _join(shards: list[Path], out: Path, dimensions: int, dtype: str) -> None:
     "One file of many shards; a row group, or a stretch of the matrix, is a shard."
-    rows = out if out.suffix == FILES[0] else out.with_name(f"{out.name}.rows.parquet")
+    rows = _rows_of(out)
     names = [f.name for f in _schema(1, dtype) if rows == out or f.name != "embedding"]
     with write_beside(rows) as part, pq.ParquetWriter(part, pq.read_schema(shards[0]) if rows == out else pa.schema([_schema(1, dtype).field(n) for n in names]), use_dictionary=["kind"]) as writer:
         for shard in shards:
             writer.write_table(pq.read_table(shard, columns=names))
     if rows != out:
-        with write_beside(out) as part:
-            matrix, first = np.lib.format.open_memmap(part, "w+", DTYPES[dtype], (sum(pq.read_metadata(s).num_rows for s in shards), dimensions)), 0
+        shape = (sum(pq.read_metadata(s).num_rows for s in shards), dimensions)
+        with write_beside(out) as part, open(part, "wb") as file:  # not mapped: a full disk would end the process without a word
+            np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(np.dtype(DTYPES[dtype])), "fortran_order": False, "shape": shape})
             for shard in shards:
-                vectors = _matrix(pq.read_table(shard, columns=["embedding"])["embedding"])
-                matrix[first : first + len(vectors)], first = vectors, first + len(vectors)
-            matrix.flush()
+                file.write(_matrix(pq.read_table(shard, columns=["embedding"])["embedding"]).tobytes())
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -289,8 +293,13 @@ def embed_data(
                 return _tidied(found, folder, out)
     if survey["cut"]:
         warnings.warn(f"{survey['cut']:,} captions are longer than the model can read, and are cut to its context")
-    _write_shards(embedder, records, card, folder, batch_size, skip_broken, progress)
-    return _finish(card, folder, out)
+    try:
+        _write_shards(embedder, records, card, folder, batch_size, skip_broken, progress)
+        return _finish(card, folder, out)
+    except OSError as error:
+        if not no_room(error):
+            raise
+        raise InputError(f"{out}: cannot be written any further ({error.strerror}); {len(_shards_in(folder))} shards are kept: free some space and embed again, which goes on from there") from error
 
 
 def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
@@ -301,6 +310,8 @@ def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path,
     shards = ((number, list(rows_of(block, card["root"], card["kind"]))) for number, block in enumerate(blocks, first))
     with torch.inference_mode(), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
         for number, table in _embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar):
+            if number == first:
+                check_space(folder, table.nbytes * (-(-len(records) // card["shard"]) - first), "what is still to be embedded")
             if not _card_of(folder).is_file():
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
@@ -327,6 +338,8 @@ def _tidied(card: dict, folder: Path, out: Path) -> dict:
     "The card; what a finished run, or one that was killed while it wrote, need not leave is gone."
     if out != folder:
         shutil.rmtree(folder, ignore_errors=True)
+        for file in {out, _rows_of(out), _card_of(out)}:
+            clear_parts(file)
     for torn in out.glob(".*.part*"):
         torn.unlink()
     return card

@@ -90,6 +90,7 @@ def test_a_broken_image_is_named(folder):
     (("reproduce", "--profile", "tiny"), "unknown profile 'tiny': use one of smoke, cpu, gpu, paper"),
     (("reproduce", "--profile", "tiny", "--check"), "unknown profile 'tiny'"),
     (("reproduce", "--profile", "smoke", "--cluster", "nowhere"), "needs snakemake (Python 3.11 or newer), and a folder with its config.yaml"),
+    (("reproduce", "--profile", "smoke", "--twice", "--cluster", "workflow/slurm"), "leave out --cluster"),
     (("reference", "--results", "nowhere"), "nowhere: holds no finished run"),
     (("evaluate", "--model", "no/model", "--data", "."), "captions.jsonl: no such file"),
     (("stage", "tab99"), "unknown stage 'tab99'"),

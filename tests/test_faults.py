@@ -1,16 +1,26 @@
-"What a kill costs: a training goes on from its last state and ends with the same weights."
+"What a kill, a torn file and a full disk cost: a run goes on from its last state and ends with the same bytes."
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
-import psutil
+import lightning as L
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT, run
-from lvlm_research.reproduce import results_folder
+from lvlm_research.cli import main
+from lvlm_research.config import InputError
+from lvlm_research.faults import kill
+from lvlm_research.finetuning import FineTuning, fine_tune
+from lvlm_research.reproduce import has_snakemake, processes_of, results_folder
+from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
 
 def kill_when(process: subprocess.Popen, file) -> None:
@@ -19,10 +29,41 @@ def kill_when(process: subprocess.Popen, file) -> None:
     while not file.is_file():
         assert process.poll() is None and time.monotonic() < deadline, "the training ended before it could be killed"
         time.sleep(0.02)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    kill(process)
+
+
+@contextmanager
+def full_disk(size: int):
+    "No file of this process may grow beyond so many bytes."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def files_in(folder) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def data(tmp_path):
+    "Eight scenes as a folder of pictures with captions."
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(8, rng)
+    (tmp_path / "data").mkdir()
+    for number, picture in enumerate(scene_images(scenes, 60)):
+        Image.fromarray(picture).save(tmp_path / f"data/{number}.png")
+    lines = [json.dumps({"image": f"{number}.png", "captions": [short_caption(scene, rng)]}) + "\n" for number, scene in enumerate(scenes)]
+    (tmp_path / "data/captions.jsonl").write_text("".join(lines))
+    return tmp_path / "data"
+
+
+def soft(data, output, **more) -> FineTuning:
+    "A short training of soft prompts, which keeps a state after every step."
+    given = {"model": str(CHECKPOINTS / "llava-micro"), "data": str(data), "output": str(output), "variant": "soft", "steps": 5, "batch": 4, "lr": 4e-3, "keep_seconds": 0.001}
+    return FineTuning(**given | more)
 
 
 @pytest.mark.parametrize("damage", [None, 1000])
@@ -31,19 +72,126 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, damage):
     profile.write_text(json.dumps({"extends": "smoke", "train_steps": 30, "keep_seconds": 0.001}))
     stage = lambda folder: ("stage", "train-both", "--profile", str(profile), "--results", str(tmp_path / folder))
     adapter, state = "models/both/adapter_model.safetensors", tmp_path / "killed/unfinished/both/state.ckpt"
+    before = state.with_stem("state.before")
     for folder in ("whole", "killed"):  # what earlier stages write
         results = results_folder(str(profile), str(tmp_path / folder))
         shutil.copytree(CHECKPOINTS / "llava-micro", results / "models/base")
         shutil.copytree(ROOT / "data/reference/cpu/prompts", results / "prompts")
     assert run(*stage("whole")).returncode == 0
     with subprocess.Popen([sys.executable, "-m", "lvlm_research.cli", *stage("killed")], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        kill_when(process, state)
+        kill_when(process, before)
     assert not (tmp_path / "killed" / adapter).exists()
     if damage:
         os.truncate(state, damage)
     result = run(*stage("killed"))
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "killed/notebooks/train-both.ipynb").read_text()
-    assert ("not a state to go on from" if damage else "going on from step") in log
+    assert "going on from step" in log and (f"going on from the state before, {before}" in log) == bool(damage)
     assert (tmp_path / "killed" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
-    assert not state.exists()  # what is finished needs no state
+    assert not state.exists() and not before.exists()  # what is finished needs no state
+
+
+def test_a_torn_state_never_takes_the_place_of_a_good_one(data, tmp_path, capsys):
+    "Torn, then killed again before a new state was written: the good one is still there."
+    fine_tune(soft(data, tmp_path / "whole"))
+    state, before = (tmp_path / "killed/unfinished" / name for name in ("state.ckpt", "state.before.ckpt"))
+
+    class Killed(L.Callback):
+        def __init__(self, step: int):
+            self.step = step
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == self.step:
+                raise RuntimeError("killed")
+
+    for step, every in ((3, 0.001), (4, 100.0)):
+        with pytest.raises(RuntimeError, match="killed"):
+            fine_tune(soft(data, tmp_path / "killed", keep_seconds=every), callbacks=[Killed(step)])
+        if step == 3:
+            assert torch.load(state, weights_only=True)["global_step"] == 3
+            content = state.read_bytes()
+            state.write_bytes(content[: len(content) // 2])
+        assert torch.load(before, weights_only=True)["global_step"] == 2
+    fine_tune(soft(data, tmp_path / "killed"))
+    said = capsys.readouterr().out
+    assert said.count(f"{state}: not a state to go on from") == 2 and said.count("going on from step 2 of 5") == 2
+    assert (tmp_path / "killed/soft_prompts.safetensors").read_bytes() == (tmp_path / "whole/soft_prompts.safetensors").read_bytes()
+
+
+def test_what_ran_before_in_the_process_changes_nothing(data, tmp_path):
+    fine_tune(soft(data, tmp_path / "first"))
+    torch.manual_seed(77)
+    np.random.seed(77)
+    fine_tune(soft(data, tmp_path / "other", seed=3, steps=2))
+    fine_tune(soft(data, tmp_path / "second"))
+    first, second = ((tmp_path / name / "soft_prompts.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second != (tmp_path / "other/soft_prompts.safetensors").read_bytes()
+
+
+def test_a_full_disk_ends_a_training_in_one_line_and_it_goes_on_once_there_is_room(data, tmp_path, capsys):
+    fine_tune(soft(data, tmp_path / "whole"))
+    config = vars(soft(data, tmp_path / "full"))
+    (tmp_path / "full.json").write_text(json.dumps({key: config[key] for key in ("model", "data", "output", "variant", "steps", "batch", "lr", "keep_seconds")}))
+    with full_disk(8 << 10):
+        assert main(["train", "--config", str(tmp_path / "full.json")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "training stopped after step 1" in said and "state.ckpt cannot be written (File too large); no state was kept" in said
+    assert files_in(tmp_path / "full") == set()
+
+    class Fills(L.Callback):
+        "After the training: the disk is full when the adapter is written."
+
+        def on_train_end(self, trainer, module):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 10, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    with full_disk(1 << 30), pytest.raises(InputError, match="the adapter cannot be written.*the last state of the training is kept"):
+        fine_tune(soft(data, tmp_path / "full"), callbacks=[Fills()])
+    assert files_in(tmp_path / "full") == {"unfinished/state.ckpt", "unfinished/state.before.ckpt"}
+    assert main(["train", "--config", str(tmp_path / "full.json")]) == 0
+    assert (tmp_path / "full/soft_prompts.safetensors").read_bytes() == (tmp_path / "whole/soft_prompts.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("size, says, kept", [(2 << 10, "free some space", 0), (8 << 10, "4 shards are kept", 4)])
+def test_a_full_disk_ends_an_embedding_in_one_line_and_it_goes_on_once_there_is_room(data, tmp_path, capsys, size, says, kept):
+    embed = lambda name: main(["embed", str(CHECKPOINTS / "clip-micro"), str(data), "--out", str(tmp_path / name), "--shard", "2"])
+    assert embed("whole.npy") == 0
+    capsys.readouterr()
+    with full_disk(size):
+        assert embed("full.npy") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert says in line and "File too large" in line
+    assert not [name for name in files_in(tmp_path) if ".part" in name.replace(".parts/", "/")] and not (tmp_path / "full.npy").exists()
+    assert len(list((tmp_path / ".full.npy.parts").glob("*.parquet"))) == kept
+    assert embed("full.npy") == 0
+    assert (tmp_path / "full.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert np.load(tmp_path / "full.npy").shape == (16, 128)
+    assert not (tmp_path / ".full.npy.parts").exists()
+
+
+def victims(folder) -> dict:
+    "The processes of a run, by what they are."
+    kinds = {"--snakefile": "scheduler", "ipykernel_launcher": "kernel", "stage": "stage"}
+    return {kind: process for process in processes_of(folder) for word, kind in kinds.items() if word in process.cmdline()}
+
+
+@pytest.mark.skipif(not has_snakemake(), reason="the scheduler is not installed")
+def test_a_killed_run_leaves_no_process_and_update_goes_on(tmp_path):
+    folder = (tmp_path / "results").resolve()
+    command = ["update", "--profile", "smoke", "--only", "dual-clip", "--results", str(folder), "--cores", "1"]
+    for victim, says in (("command", ""), ("scheduler", "the scheduler was killed"), ("stage", "the run stopped: stage dual-clip was killed"), ("kernel", "the process of the notebook was killed, perhaps because memory ran out")):
+        with subprocess.Popen([sys.executable, "-m", "lvlm_research.cli", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            deadline = time.monotonic() + 300
+            while "kernel" not in (found := victims(folder)) or (victim == "kernel" and found[victim].cpu_times().user < 2):  # one that dies at once is started anew
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            (process if victim == "command" else found[victim]).kill()
+            said = process.stdout.read()  # to the end: when nobody is left who could say something
+            process.wait()
+        assert says in said and process.returncode == (-9 if victim == "command" else 2), said
+        while processes_of(folder):  # the last ones may still be on their way out
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not (folder / "status/dual-clip.json").exists() and not (folder / "manifest.json").exists()
+    result = run(*command)  # nothing had to be unlocked or removed
+    assert result.returncode == 0 and (folder / "models/clip/model.safetensors").read_bytes() == (CHECKPOINTS / "clip-micro/model.safetensors").read_bytes(), result.stderr
+    assert not [name for name in files_in(folder) if ".part" in name]

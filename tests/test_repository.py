@@ -154,7 +154,7 @@ def test_every_test_and_notebook_that_the_reliability_page_names_exists():
     rows = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) > 20
     for row in rows:
-        tests, notebooks = re.findall(r"`(test_\w+)::(test_\w+)`", row), re.findall(r"notebook `(\w+)`", row)
+        tests, notebooks = re.findall(r"`(test_\w+)::(test_\w+)`", row), re.findall(r"notebook `([\w/]+)`", row)
         assert tests or notebooks, row
         for file, name in tests:
             names = [n.name for n in ast.walk(ast.parse((ROOT / "tests" / f"{file}.py").read_text())) if isinstance(n, ast.FunctionDef)]

@@ -2,6 +2,7 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,10 +113,22 @@ def test_what_was_deleted_is_made_again(clone, name, made_again):
 
 
 def test_one_item_alone_runs_just_what_it_needs(clone, tmp_path):
-    assert finished(lvlm(clone, "reproduce", "--profile", "smoke", "--only", "fig5", "--results", str(tmp_path / "one"))) == ["base", "dual-clip", "fig5", "prompts"]
+    result = lvlm(clone, "reproduce", "--profile", "smoke", "--only", "fig5", "--results", str(tmp_path / "one"), "--twice", "--cores", "1")
+    assert finished(result) == sorted(2 * ["base", "dual-clip", "fig5", "prompts"])
+    assert re.search(r"twice    0 of \d+ files differ$", result.stdout.strip()) and not (tmp_path / "one.second").exists()
     assert (tmp_path / "one/figures/fig5.svg").read_bytes() == (clone / "results/smoke/figures/fig5.svg").read_bytes()
     refused = lvlm(clone, "reproduce", "--profile", "smoke", "--only", "fig99")
     assert refused.returncode == 2 and "fig99" in refused.stderr and (clone / "results/smoke/report.html").exists()
+
+
+def test_what_a_second_run_writes_otherwise_is_named(clone, tmp_path):
+    path = clone / "nbs/paper/31_benchmarks.ipynb"
+    before = path.read_text()
+    edit(path, "code", lambda s: s + "\n(out / 'benchmarks/suite.npz').write_bytes(__import__('os').urandom(9))")
+    result = lvlm(clone, "reproduce", "--profile", "smoke", "--only", "benchmarks", "--results", str(tmp_path / "one"), "--twice")
+    path.write_text(before)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["twice    benchmarks/suite.npz: differs (stage benchmarks)", f"twice    1 of 1 files differ; the second run is in {tmp_path / 'one.second'}"]
 
 
 def test_verify_names_an_edited_table_and_a_swapped_checkpoint(clone):
