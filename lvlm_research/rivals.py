@@ -39,11 +39,13 @@ from .levers import PLAIN, Levers
 from .losses import info_nce
 from .prompts import Prompt
 from .training import VARIANTS, Discriminative, prepare
+from .vectors import nearest
 
 # %% auto #0
 __all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'CONTRASTIVE',
            'TASKS', 'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'contrastive', 'joint',
-           'gradients_of', 'largest_difference', 'run_arm', 'in_fresh_process', 'race', 'ratios']
+           'own', 'gradients_of', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process', 'race',
+           'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -99,11 +101,16 @@ def proportioned(
     return prepare(DiscriminativeLVLM(model, processor, prompt), VARIANTS[variant])
 
 
-def made_pairs(count: int, seed: int = 0) -> list[Pair]:
+def made_pairs(
+    count: int,
+    seed: int = 0,
+    tokens: int = 0,  # of every long caption; 0: as many as real ones have
+) -> list[Pair]:
     "Pictures of noise with captions of random words, as long as real ones."
     rng = np.random.default_rng(seed)
-    words = lambda quantiles: " ".join(f"w{i}" for i in rng.integers(10, 2000, int(TOKENS_A_WORD * np.interp(rng.random(), np.linspace(0, 1, len(quantiles)), quantiles))))
-    return [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(SHORT_WORDS), words(LONG_WORDS)) for _ in range(count)]
+    length = lambda quantiles: int(TOKENS_A_WORD * np.interp(rng.random(), np.linspace(0, 1, len(quantiles)), quantiles))
+    words = lambda number: " ".join(f"w{i}" for i in rng.integers(10, 2000, number))
+    return [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(length(SHORT_WORDS)), words(tokens or length(LONG_WORDS))) for _ in range(count)]
 
 # %% ../nbs/19_rivals.ipynb #00cd4e93
 def _with_soft_prompts(lvlm: DiscriminativeLVLM, batch: Sequences, modality: str, call: Callable):
@@ -243,7 +250,25 @@ def joint(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor]
     return lambda: step(lvlm, pairs, prompts, temperature), trained
 
 
-TASKS = {"joint": joint, "contrastive": contrastive}
+def own(
+    arm: str,  # joint or contrastive
+    family: str,
+    batch: int,
+    cache_rows: int = 0,
+    tokens: int = 0,  # of every long caption; 0: as many as real ones have
+    shrink: int = 1,
+    device: str = "cpu",
+) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+    "The step of this package as a training takes it, with or without the next-token loss, and what it trains."
+    torch.manual_seed(0)
+    variant = VARIANTS["vladva" if arm == "joint" else "both"]
+    lvlm, pairs = _in_training(proportioned(family, "both", shrink)), made_pairs(batch, tokens=tokens)
+    module = Discriminative(lvlm, variant.ar_weight, cache_rows).to(device)
+    prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=arm == "joint")(0)
+    return lambda: module.training_step(prepared, 0), {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+TASKS = {"joint": joint, "contrastive": contrastive, "own": own}
 
 
 def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **options) -> dict[str, torch.Tensor]:
@@ -260,20 +285,41 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-12)).item() for n, g in expected.items())
 
 
-def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", warm_up: int = 1, **options) -> dict:
-    "Seconds of CPU and clock per step and growth of peak memory (bytes) of one arm; the first steps are not counted."
-    step, trained = TASKS[task](arm, family, batch, **options)
+def measured(step: Callable[[], object], steps: int, warm_up: int = 1, device: str = "cpu") -> dict:
+    "Seconds of CPU and clock per step and growth of peak memory (bytes) over what is there; the first steps are not counted."
+    wait, there, peak = lambda: None, _resident, lambda: _resident(peak=True)
+    if device == "cuda":
+        wait, there, peak = torch.cuda.synchronize, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+        torch.cuda.reset_peak_memory_stats()
     _forget_peak()
-    before, counted = _resident(), []
+    before, counted = there(), []
     for _ in range(warm_up + steps):
+        wait()
         cpu, clock = time.process_time(), time.perf_counter()
-        loss = step()
-        loss.backward()
-        for p in trained.values():
-            p.grad = None
+        step()
+        wait()
         counted.append((time.process_time() - cpu, time.perf_counter() - clock))
     cpu, clock = np.mean(counted[warm_up:], axis=0)
-    return {"arm": arm, "family": family, "batch": batch, "cpu seconds": cpu, "seconds": clock, "memory": _resident(peak=True) - before, "loss": loss.item()}
+    return {"cpu seconds": cpu, "seconds": clock, "memory": peak() - before}
+
+
+def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", warm_up: int = 1, device: str = "cpu", **options) -> dict:
+    "What `measured` says of the training step of one arm."
+    step, trained = TASKS[task](arm, family, batch, **options, **({"device": device} if task == "own" else {}))
+
+    def once() -> None:
+        step().backward()
+        for p in trained.values():
+            p.grad = None
+
+    return {"arm": arm, "family": family, "batch": batch, **measured(once, steps, warm_up, device)}
+
+
+def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 2**13) -> dict:
+    "What `measured` says of ranking a gallery that comes block by block, as from a file, for some queries."
+    vectors = F.normalize(torch.randn(block, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    blocks = lambda: ((np.arange(start, min(start + block, gallery)), vectors[: gallery - start].numpy()) for start in range(0, gallery, block))
+    return {"gallery": gallery, **measured(lambda: nearest(vectors[:queries], blocks(), 10), 1)}
 
 
 def in_fresh_process(function: str, threads: int = 1, **arguments) -> dict:
