@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ def free_memory(device: torch.device, group: Path = Path("/sys/fs/cgroup"), mach
     if device.type != "cpu" or not machine.is_file():
         return None
     available = 1024 * int(re.search(r"^MemAvailable:\s+(\d+) kB", machine.read_text(), re.M)[1])
-    return min(filter(None, (available, _of_the_group(group))))
+    in_group = _of_the_group(group)
+    return available if in_group is None else min(available, in_group)
 
 # %% ../nbs/12c_budget.ipynb #c453e368
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Needs:
     stored: int  # of a pair without its graph
     pairs: int  # of this process
     can_cut: bool = True  # whether the family's batches can be cut into rows
+    processes: int = 1  # that share a batch
 
     def of(self, pairs: int, cache_rows: int = 0) -> int:
         "Bytes of a step with so many pairs."
@@ -79,7 +81,7 @@ def needs(
 MARGIN = 0.8  # of the free memory that a suggestion uses
 
 
-def _largest(fits, most: int) -> int:
+def _largest(fits: Callable[[int], bool], most: int) -> int:
     "Largest power of two up to `most` that fits; 0 if none does."
     return next((n for n in (2**k for k in range(most.bit_length() - 1, -1, -1)) if fits(n)), 0)
 
@@ -88,7 +90,6 @@ def suggestion(
     need: Needs,
     free: int,
     most: int | None = None,  # rows that are suggested at most; None: as many as fit
-    processes: int = 1,  # that share a batch
 ) -> str:
     "The setting that fits, in words."
     within = lambda bytes_: bytes_ <= MARGIN * free
@@ -98,26 +99,31 @@ def suggestion(
     pairs = _largest(lambda n: within(need.of(n, int(need.can_cut))), need.pairs if most is None else need.pairs // 2)
     if pairs:
         also = ' and "cache_rows": 1' if need.can_cut else ""
-        return f'"batch": {processes * pairs}{also} in the config fits (about {amount(need.of(pairs, int(need.can_cut)), "B")})'
+        return f'"batch": {need.processes * pairs}{also} in the config fits (about {amount(need.of(pairs, int(need.can_cut)), "B")})'
     return f"not even one pair fits ({amount(need.of(1, int(need.can_cut)), 'B')}); take a smaller model, half precision or a larger machine"
 
 
-def too_large(need: Needs, free: int | None, cache_rows: int = 0, processes: int = 1) -> str | None:
+def too_large(need: Needs, free: int | None, cache_rows: int = 0) -> str | None:
     "One line about a step that needs more than is free; None if it fits, or if nobody says what is free."
     wanted = need.of(need.pairs, cache_rows)
     if free is None or wanted <= free:
         return None
-    return f"this batch wants about {amount(wanted, 'B')} and {amount(free, 'B')} are free: {suggestion(need, free, processes=processes)}"
+    return f"this batch wants about {amount(wanted, 'B')} and {amount(free, 'B')} are free: {suggestion(need, free)}"
 
 # %% ../nbs/12c_budget.ipynb #8b02899e
 @contextmanager
-def naming_what_fits(need: Needs | None, free: int | None, cache_rows: int = 0, processes: int = 1) -> Iterator[None]:
+def naming_what_fits(
+    need: Needs | None,  # None where it is not known
+    free: int | None,  # bytes, before the training
+    cache_rows: int = 0,
+) -> Iterator[None]:
     "Inside, a device that runs out of memory ends in InputError with the setting that fits."
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        rows = min(cache_rows or need.pairs, need.pairs) if need else 1
-        fits = suggestion(need, free, most=rows // 2, processes=processes) if need and free else "lower 'batch', or set 'cache_rows'"
-        raise InputError(f"out of memory with {f'{rows} rows at a time' if need else 'this batch'}: {fits}") from None
+        if need is None or free is None:
+            raise InputError("out of memory: lower 'batch', or set 'cache_rows'") from None
+        rows = min(cache_rows or need.pairs, need.pairs)
+        raise InputError(f"out of memory with {rows} rows at a time: {suggestion(need, free, most=rows // 2)}") from None

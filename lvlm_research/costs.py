@@ -105,7 +105,7 @@ class CostMeter(L.Callback):
     def __init__(self):
         self.counter: FlopsByPart | None = None
         self.flops: dict[str, float] = {}
-        self.steps = self.pairs = self.tokens = self.counted_tokens = 0
+        self.steps = self.pairs = self.tokens = self.counted_tokens = self.now = 0  # now: tokens of this step
         self.began = self.ended = 0.0
         self.device, self.dtype, self.peak, self.processes = torch.device("cpu"), torch.float32, 0, 1
 

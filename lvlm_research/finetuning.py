@@ -154,12 +154,14 @@ def _is_free(output: Path) -> None:
         raise InputError(f"{output}: is there already and no unfinished training; give a new folder as 'output'")
 
 
-def _memory(config: FineTuning, module: FitModule, draw: Callable[[int], object]) -> tuple[Needs | None, int | None, int]:
-    "What a step of this process needs, what is free on its device, and how many processes there will be."
+def _memory(config: FineTuning, module: FitModule, draw: Callable[[int], object]) -> tuple[Needs | None, int | None]:
+    "What a step like the first needs of each process, None for texts alone, and what is free for it."
     device, together = torch.device("cuda" if torch.cuda.is_available() else "cpu"), started_together()
-    number = together["devices"] * together.get("num_nodes", 1)
-    need = needs(module, draw(0), device, config.precision) if isinstance(module, Discriminative) else None
-    return need and replace(need, pairs=math.ceil(need.pairs / number)), free_memory(device), number
+    if not isinstance(module, Discriminative):
+        return None, None
+    need, free, here = needs(module, draw(0), device, config.precision), free_memory(device), together["devices"]
+    number = here * together.get("num_nodes", 1)
+    return replace(need, pairs=math.ceil(need.pairs / number), processes=number), free // here if free and device.type == "cpu" else free
 
 
 def _layers(config: FineTuning, module: FitModule) -> list[torch.nn.Module]:
@@ -186,14 +188,16 @@ def fine_tune(config: FineTuning, progress: bool = False) -> FitModule:
     _is_free(output)
     module = begin(config)
     draw, report = batches(config, module.embedder)
-    need, free, number = _memory(config, module, draw)
     if is_first():
-        print(*filter(None, (report, summary(config, module), need and too_large(need, free, config.cache_rows, number))), sep="\n")
+        print(*filter(None, (report, summary(config, module))), sep="\n")
+    need, free = _memory(config, module, draw)
+    if is_first() and need and (line := too_large(need, free, config.cache_rows)):
+        print(line)
     meter, layers = CostMeter(), _layers(config, module)
-    with naming_what_fits(need, free, config.cache_rows, number):
+    with naming_what_fits(need, free, config.cache_rows):
         fit(module, draw, config.steps, config.precision, progress, [meter], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers)
     if is_first():
-        module = _whole(config, module) if layers and number > 1 else module
+        module = _whole(config, module) if layers else module
         save_trained(config, module, meter.card())
         shutil.rmtree(output / UNFINISHED)
     return module

@@ -211,11 +211,11 @@ def contrastive(
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The contrastive step of an arm on a model and a batch of its own, and what both arms train."
     torch.manual_seed(0)
-    base = proportioned(family, "zero-shot", shrink)
-    torch.manual_seed(0)
     lvlm, pairs = _in_training(proportioned(family, "lora", shrink)), made_pairs(batch)
     module = Discriminative(lvlm, cache_rows=cache_rows)
     if arm != "ours":
+        torch.manual_seed(0)
+        base = proportioned(family, "zero-shot", shrink)  # the same weights again
         return _sentence_transformers(lvlm, base, pairs, module.temperature().item(), cache_rows)
     prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=False)(0)
     return lambda: module.training_step(prepared, 0), {name: p for name, p in lvlm.model.named_parameters() if p.requires_grad}
@@ -303,16 +303,16 @@ def measured(step: Callable[[], object], steps: int, warm_up: int = 1, device: s
     return {"cpu seconds": cpu, "seconds": clock, "memory": peak() - before}
 
 
-def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", warm_up: int = 1, device: str = "cpu", **options) -> dict:
+def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", warm_up: int = 1, **options) -> dict:
     "What `measured` says of the training step of one arm."
-    step, trained = TASKS[task](arm, family, batch, **options, **({"device": device} if task == "own" else {}))
+    step, trained = TASKS[task](arm, family, batch, **options)
 
     def once() -> None:
         step().backward()
         for p in trained.values():
             p.grad = None
 
-    return {"arm": arm, "family": family, "batch": batch, **measured(once, steps, warm_up, device)}
+    return {"arm": arm, "family": family, "batch": batch, **measured(once, steps, warm_up, options.get("device", "cpu"))}
 
 
 def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 2**13) -> dict:
