@@ -176,7 +176,7 @@ def test_a_fine_tuning_writes_what_it_cost(tmp_path, capsys):
     assert cost["steps"] == 2 and cost["pairs_per_second"] == pytest.approx(8 / cost["seconds"], rel=0.02)  # of three digits each
     assert cost["tokens_per_second"] > 10 * cost["pairs_per_second"] and cost["peak_memory_bytes"] > 2**27
     assert set(cost["flops_of_first_step"]) == {"vision", "trunk", "head", "loss"} and min(cost["flops_of_first_step"].values()) > 0
-    assert 0 < cost["share_of_matmul"] < 1 and not set(cost) & set(card)
+    assert cost["share_of_matmul"] > 0 and not {"pairs_per_second", "flops_per_second"} & set(card)
 
 
 def test_a_training_that_is_lost_in_its_first_step_leaves_no_counter_behind():
