@@ -19,7 +19,8 @@ from .families import TESTED_FAMILIES, check_kind, check_structure, check_weight
 from .prompts import SUMMARY
 
 # %% auto #0
-__all__ = ['LONG', 'SHORT', 'PICTURE_SIZES', 'parameter_counts', 'lora_size', 'memory', 'Report', 'describe']
+__all__ = ['LONG', 'SHORT', 'PICTURE_SIZES', 'parameter_counts', 'lora_size', 'kept_bytes', 'memory', 'Report', 'amount',
+           'describe']
 
 # %% ../nbs/12a_doctor.ipynb #27a9ca3b
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
@@ -53,6 +54,18 @@ def _widths(config: PreTrainedConfig) -> tuple[int, int]:
     return width, getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4))
 
 
+def kept_bytes(
+    config: PreTrainedConfig,
+    tokens: int,  # of all rows, pictures and texts
+    predicted: int,  # tokens of long captions
+    bytes_per_number: int = 4,
+) -> int:
+    "Estimated bytes that autograd keeps of a training step."
+    text = config.get_text_config()
+    d, f = _widths(text)
+    return tokens * text.num_hidden_layers * (9 * d + 4 * f) * bytes_per_number + 8 * predicted * text.vocab_size
+
+
 def memory(
     config: PreTrainedConfig,
     counts: dict[str, int],  # of `parameter_counts`
@@ -66,7 +79,7 @@ def memory(
     d, f, dv, fv = *_widths(text), *_widths(vision)
     weights = {"weights": sum(counts.values()) * bytes_per_number}
     pair = tokens["image"] + LONG + tokens["text"] + SHORT
-    kept = batch * pair * text.num_hidden_layers * (9 * d + 4 * f) * bytes_per_number + 8 * batch * LONG * text.vocab_size
+    kept = kept_bytes(config, batch * pair, batch * LONG, bytes_per_number)
     passing = batch * max(tokens["image"] * (6 * d + 3 * f), tokens["patches"] * (6 * dv + 3 * fv)) * bytes_per_number
     return {"training": weights | {"LoRA states": 16 * lora, "activations": kept}, "embedding": weights | {"activations": passing}}
 
@@ -82,7 +95,7 @@ class Report:
 _BYTES, PICTURE_SIZES = "B", ((336, 336), (640, 480))  # width, height
 
 
-def _amount(number: float, unit: str = "") -> str:
+def amount(number: float, unit: str = "") -> str:
     "1.75 M, 12.3 Gi: three digits."
     step, letters = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit else (1000, ("", "k", "M", "G", "T"))
     power = next((p for p in range(5) if number < 1000 * step**p or p == 4))
@@ -100,7 +113,7 @@ def _sequence_tokens(model: PreTrainedModel, templates: Templates) -> tuple[dict
 
 
 def _costs(costs: dict[str, int]) -> str:
-    return f"{_amount(sum(costs.values()), _BYTES)} ({', '.join(f'{name} {_amount(value, _BYTES)}' for name, value in costs.items())})"
+    return f"{amount(sum(costs.values()), _BYTES)} ({', '.join(f'{name} {amount(value, _BYTES)}' for name, value in costs.items())})"
 
 
 def describe(
@@ -136,14 +149,14 @@ def describe(
 
 
 def _counts_line(counts: dict[str, int]) -> str:
-    return f"{_amount(sum(counts.values()))}: " + ", ".join(f"{name} {_amount(count)}" for name, count in counts.items() if count)
+    return f"{amount(sum(counts.values()))}: " + ", ".join(f"{name} {amount(count)}" for name, count in counts.items() if count)
 
 
 def _describe_dual_encoder(config: PreTrainedConfig, report: Report) -> None:
     with torch.device("meta"):
         counts = parameter_counts(AutoModel.from_config(config))
     report.lines["parameters"] = _counts_line(counts)
-    report.lines["weights"] = f"{_amount(4 * sum(counts.values()), _BYTES)} in float32"
+    report.lines["weights"] = f"{amount(4 * sum(counts.values()), _BYTES)} in float32"
 
 
 def _describe_lvlm(folder: Path, config: PreTrainedConfig, batch: int, report: Report) -> None:
@@ -154,7 +167,7 @@ def _describe_lvlm(folder: Path, config: PreTrainedConfig, batch: int, report: R
     counts, (names, lora) = parameter_counts(model), lora_size(model)
     report.lines["parameters"] = _counts_line(counts)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
-    report.lines["LoRA"] = f"{len(names)} linear layers of the trunk ({', '.join(kinds)}); at rank 16 {_amount(lora)} parameters"
+    report.lines["LoRA"] = f"{len(names)} linear layers of the trunk ({', '.join(kinds)}); at rank 16 {amount(lora)} parameters"
     tokens, of_pictures = _sequence_tokens(model, Templates(load_processor(folder, config), SUMMARY))
     report.lines["image tokens"] = ", ".join(f"{n} ({width} x {height})" for n, (width, height) in zip(of_pictures, PICTURE_SIZES))
     for name, size in (("float32", 4), ("bfloat16", 2)):

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -18,10 +18,12 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 
+from .budget import Needs, free_memory, naming_what_fits, needs, too_large
 from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
+from .costs import CostMeter, cost_line, save_cost
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, base_of, loading
-from .fitting import FitModule, fit, is_first
+from .fitting import FitModule, fit, is_first, started_together
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
 from .training import VARIANTS, Discriminative, TextContrastive, prepare, trainable_parameters
@@ -51,11 +53,12 @@ class FineTuning:
     text_prompt: str = SUMMARY.text
     seed: int = 0
     precision: str = "32-true"  # bf16-mixed on a GPU
+    strategy: str = "ddp"  # of several processes: with fsdp each holds a part of the trunk's frozen layers, with ddp the whole model (notebook 05a)
     keep_seconds: float = 120.0  # between two writes of the state that a killed training goes on from
 
 
 REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output")
-_CHOICES = {"variant": tuple(v for v, what in VARIANTS.items() if what != VARIANTS["zero-shot"] and not what.text_only), "precision": PRECISIONS}
+_CHOICES = {"variant": tuple(v for v, what in VARIANTS.items() if what != VARIANTS["zero-shot"] and not what.text_only), "precision": PRECISIONS, "strategy": ("ddp", "fsdp")}
 _MAY_BE_ZERO = ("seed", "dropout", "cache_rows")
 
 
@@ -130,11 +133,14 @@ def summary(config: FineTuning, module: FitModule) -> str:
     return f"{config.variant}: {trainable_parameters(module.embedder):,} of {total:,} parameters are trained; {config.steps} steps of {config.batch} pairs, learning rate {config.lr:g}"
 
 
-def save_trained(config: FineTuning, module: FitModule) -> Path:
-    "Write adapter, soft prompts and their config, the curves, and last the card, whose path is returned."
+def save_trained(config: FineTuning, module: FitModule, cost: dict | None = None) -> Path:
+    "Write adapter, soft prompts and their config, the curves, what it cost (notebook 12d), and last the card, whose path is returned."
     target, history = Path(config.output), pd.DataFrame(module.history)
     module.embedder.save_pretrained(target)
     history.round(4).to_csv(target / "curves.csv", index=False)
+    if cost:
+        print(cost_line(cost))
+        save_cost(target, cost)
     return write_card(target, variant=config.variant, seed=config.seed, base=module.embedder.base, data=config.data or "scenes", steps=config.steps, learning_rate=config.lr,
                       pairs_seen=module.pairs_seen, trained_parameters=trainable_parameters(module.embedder), seconds=round(history.seconds.iloc[-1]))
 
@@ -150,16 +156,44 @@ def _is_free(output: Path) -> None:
         raise InputError(f"{output}: is there already and no unfinished training; give a new folder as 'output'")
 
 
-def _save_or_nothing(config: FineTuning, module: FitModule) -> None:
+def _save_or_nothing(config: FineTuning, module: FitModule, cost: dict) -> None:
     "Write the adapter; where it cannot be written, nothing of it is left."
     output = Path(config.output)
     try:
-        save_trained(config, module)
+        save_trained(config, module, cost)
     except (OSError, SafetensorError) as error:
         for file in output.iterdir():
             if file.name != UNFINISHED:
                 file.unlink()
         raise InputError(f"{output}: the adapter cannot be written ({error}); the last state of the training is kept: free some space and start it again") from error
+
+
+def _memory(config: FineTuning, module: FitModule, draw: Callable[[int], object]) -> tuple[Needs | None, int | None]:
+    "What a step like the first needs of each process, None for texts alone, and what is free for it."
+    device, together = torch.device("cuda" if torch.cuda.is_available() else "cpu"), started_together()
+    if not isinstance(module, Discriminative):
+        return None, None
+    need, free, here = needs(module, draw(0), device, config.precision), free_memory(device), together["devices"]
+    number = here * together.get("num_nodes", 1)
+    return replace(need, pairs=math.ceil(need.pairs / number), processes=number), free // here if free and device.type == "cpu" else free
+
+
+def _layers(config: FineTuning, module: FitModule) -> list[torch.nn.Module]:
+    "What the processes share of the frozen model."
+    if config.strategy != "fsdp":
+        return []
+    layers = getattr(module.embedder.model.get_decoder(), "layers", None)
+    if layers is None:
+        raise InputError(f"{config.model}: its trunk has no list of layers to spread; set 'strategy' to 'ddp'")
+    return list(layers)
+
+
+def _whole(config: FineTuning, module: FitModule) -> FitModule:
+    "A module that was trained in parts, with all of its weights in this process."
+    made, trained = begin(config), {name: p for name, p in module.named_parameters() if p.requires_grad}
+    made.load_state_dict(trained, strict=False)
+    made.history = module.history
+    return made.eval()
 
 
 def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Callback] | None = None) -> FitModule:
@@ -170,8 +204,14 @@ def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Call
     draw, report = batches(config, module.embedder)
     if is_first():
         print(*filter(None, (report, summary(config, module))), sep="\n")
-    fit(module, draw, config.steps, config.precision, progress, callbacks, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
+    need, free = _memory(config, module, draw)
+    if is_first() and need and (line := too_large(need, free, config.cache_rows)):
+        print(line)
+    meter, layers = CostMeter(), _layers(config, module)
+    with naming_what_fits(need, free, config.cache_rows):
+        fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers)
     if is_first():
-        _save_or_nothing(config, module)
+        module = _whole(config, module) if layers else module
+        _save_or_nothing(config, module, meter.card())
         shutil.rmtree(output / UNFINISHED)
     return module

@@ -24,9 +24,13 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, clear_parts, no_room, write_beside
+from .large_batches import processes
 
 # %% auto #0
 __all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
@@ -53,6 +57,17 @@ class FitModule(L.LightningModule):
         self.started = time.perf_counter()
         self.strict_loading = False  # a kept state holds what is trained, not the frozen base
         self.random_states: list[torch.Tensor] = []  # to go on from
+        self.spread: list[torch.nn.Module] = []  # layers whose frozen parameters each process holds a share of
+
+    def configure_model(self) -> None:
+        "Spreads `spread` over the processes; the trainer calls it when they have met."
+        if self.spread and processes() > 1:
+            mesh = init_device_mesh(self.trainer.strategy.root_device.type, (processes(),))
+            for layer in self.spread:
+                fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+            frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # equal everywhere, or in parts
+        self.spread = []
 
     def note(self, **values: float | torch.Tensor) -> None:
         "Add values to the history row of the current step."
@@ -282,6 +297,7 @@ def fit(
     callbacks: list[L.Callback] | None = None,
     keep: Path | None = None,  # file of the state to go on from
     every: float = 120.0,  # seconds between two writes of it
+    spread: list[torch.nn.Module] | None = None,  # layers whose frozen parameters the processes share; they stay in parts
 ) -> FitModule:
     "Train for a number of steps, or on from the state in `keep`, on one device or on those of `started_together`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
     owner = _owner(module, draw, steps, precision) if keep else ""
@@ -297,6 +313,7 @@ def fit(
     trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
     module.train().started = time.perf_counter()
+    module.spread = spread or []
     trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()

@@ -110,16 +110,18 @@ def length_groups(
     most: int | None = None,  # rows of a group
 ) -> list[np.ndarray]:
     "Rows (indices) that go together, longest first: the partition with the fewest padded tokens, passes counted at their price."
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    ordered = np.asarray(lengths)[order]
-    best, cut = [0.0], [0]  # cost of the first k rows, and where their last group begins
-    for end in range(1, len(ordered) + 1):
-        first = max(0, end - (most or end))
-        costs = [best[start] + ordered[start] * (end - start) + price for start in range(first, end)]
-        cut.append(first + int(np.argmin(costs)))
-        best.append(min(costs))
-    groups, end = [], len(ordered)
+    order = np.argsort(-np.asarray(lengths, int), kind="stable")
+    ordered = np.asarray(lengths, int)[order]
+    changes = np.flatnonzero(np.diff(ordered)) + 1
+    places = np.arange(len(order) + 1) if most else np.unique([0, *changes, len(order)])  # where a group may end; with no limit, rows of one length never part
+    best, cut = np.zeros(len(places)), np.zeros(len(places), int)  # cost of the rows before each place, and where their last group begins
+    for end in range(1, len(places)):
+        first = max(0, end - most) if most else 0
+        starts = places[first:end]
+        costs = best[first:end] + ordered[starts] * (places[end] - starts) + price
+        best[end], cut[end] = costs.min(), first + costs.argmin()
+    groups, end = [], len(places) - 1
     while end:
-        groups.append(order[cut[end] : end])
+        groups.append(order[places[cut[end]] : places[end]])
         end = cut[end]
     return groups[::-1]

@@ -39,17 +39,18 @@ def info_nce(
     caption: torch.Tensor | None = None,  # (B,) whole numbers, equal for equal captions, which are no negatives of each other
     negatives: torch.Tensor | None = None,  # (M, D) unit-norm texts that belong to no image (NegCLIP): further columns for every image
     rows: range | None = None,  # rows whose terms this process adds; None: all
-    block: int = 2048,  # rows of the matrix of similarities that exist at a time
+    most: int = 2**22,  # similarities that exist at a time (but always those of one row), whatever the batch
 ) -> torch.Tensor:
     "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
     image, text = image.float(), text.float()
     texts, rows = text if negatives is None else torch.cat([text, negatives.float()]), range(len(image)) if rows is None else rows
     terms = [0.0 * image.sum() + 0.0 * texts.sum()]  # a process may have no rows
     for queries, keys in ((image, texts), (text, image)):
+        block = max(1, most // max(1, len(keys)))
         for start in range(rows.start, rows.stop, block):
             part = torch.arange(start, min(start + block, rows.stop), device=image.device)
             arguments = queries[part], keys, scale, part, None if caption is None else (caption[part], caption)
-            terms.append(_row_terms(*arguments) if len(rows) <= block else checkpoint(_row_terms, *arguments, use_reentrant=False))
+            terms.append(_row_terms(*arguments) if len(rows) <= block else checkpoint(_row_terms, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(terms).sum() / len(image)
 
 

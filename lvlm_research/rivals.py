@@ -5,10 +5,13 @@
 # %% ../nbs/19_rivals.ipynb #6f27255a
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,25 +21,31 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+from transformers.utils import logging as hf_logging
 
-from .backbones import Qwen2VLPictureProcessor, token_types
+from .backbones import Qwen2VLPictureProcessor, quiet_loading, token_types
 from .datasets import JointBatch, Pair, joint_batches
 from .embedder import DiscriminativeLVLM, FoldedLinear, Sequences
+from .export import without_torchvision
 from .levers import PLAIN, Levers
 from .losses import info_nce
 from .prompts import Prompt
-from .training import VARIANTS, prepare
+from .training import VARIANTS, Discriminative, prepare
+from .vectors import nearest
 
 # %% auto #0
-__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'proportioned',
-           'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'gradients_of', 'largest_difference', 'run_arm',
-           'in_fresh_process', 'race', 'ratios']
+__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'CONTRASTIVE',
+           'TASKS', 'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'contrastive', 'joint',
+           'own', 'gradients_of', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process', 'race',
+           'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -61,38 +70,47 @@ def _tokenizer(family: str, words: int) -> PreTrainedTokenizerFast:
                                    extra_special_tokens=named, clean_up_tokenization_spaces=False)
 
 
-def proportioned(family: str) -> DiscriminativeLVLM:
-    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with LoRA and soft prompts."
+def proportioned(
+    family: str,
+    variant: str = "vladva",  # what is trained
+    shrink: int = 1,  # widths and numbers of heads are divided by it
+) -> DiscriminativeLVLM:
+    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with what the variant trains."
     square = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if family == "llava":
-        width, tokenizer = 384, _tokenizer(family, 2560)
-        text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6,
+        width, heads, tokenizer = 384 // shrink, 6 // shrink, _tokenizer(family, 2560)
+        text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=heads, num_key_value_heads=heads,
                            max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
+        vision = CLIPVisionConfig(hidden_size=128 // shrink, intermediate_size=512 // shrink, num_hidden_layers=4, num_attention_heads=4 // shrink, image_size=64, patch_size=8)
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=64)
         pictures = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, **square)
         processor = LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
                                    image_token="<image>", num_additional_image_tokens=1)
         model = LlavaForConditionalGeneration(config)
     else:
-        width, tokenizer = 256, _tokenizer(family, 3072)
-        text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
+        width, tokenizer = 256 // shrink, _tokenizer(family, 3072)
+        text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4 // shrink, num_key_value_heads=1,
                     max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
                     pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = dict(depth=5, embed_dim=256, hidden_size=width, num_heads=4, patch_size=4, spatial_merge_size=2, image_size=64)
+        vision = dict(depth=5, embed_dim=width, hidden_size=width, num_heads=4 // shrink, patch_size=4, spatial_merge_size=2, image_size=64)
         names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
         config = Qwen2VLConfig(text_config=text, vision_config=vision, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
         pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64**2, max_pixels=64**2, **square)
         processor, model = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template), Qwen2VLForConditionalGeneration(config)
     prompt = Prompt("w1 w2 w3 w4 w5 w6 w7 w8", " w1 w2 w3 w4 w5 w6 w7 w9")
-    return prepare(DiscriminativeLVLM(model, processor, prompt), VARIANTS["vladva"])
+    return prepare(DiscriminativeLVLM(model, processor, prompt), VARIANTS[variant])
 
 
-def made_pairs(count: int, seed: int = 0) -> list[Pair]:
+def made_pairs(
+    count: int,
+    seed: int = 0,
+    tokens: int = 0,  # of every long caption; 0: as many as real ones have
+) -> list[Pair]:
     "Pictures of noise with captions of random words, as long as real ones."
     rng = np.random.default_rng(seed)
-    words = lambda quantiles: " ".join(f"w{i}" for i in rng.integers(10, 2000, int(TOKENS_A_WORD * np.interp(rng.random(), np.linspace(0, 1, len(quantiles)), quantiles))))
-    return [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(SHORT_WORDS), words(LONG_WORDS)) for _ in range(count)]
+    length = lambda quantiles: int(TOKENS_A_WORD * np.interp(rng.random(), np.linspace(0, 1, len(quantiles)), quantiles))
+    words = lambda number: " ".join(f"w{i}" for i in rng.integers(10, 2000, number))
+    return [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(length(SHORT_WORDS)), words(tokens or length(LONG_WORDS))) for _ in range(count)]
 
 # %% ../nbs/19_rivals.ipynb #00cd4e93
 def _with_soft_prompts(lvlm: DiscriminativeLVLM, batch: Sequences, modality: str, call: Callable):
@@ -151,6 +169,57 @@ def ours(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale:
 RIVALS = {"peer style": peer_style, "lean": lean, "lean, one pass": lean_one_pass}
 OURS = {"ours": Levers(), **{f"ours without {name}": replace(Levers(), **{name: False}) for name, value in vars(Levers()).items() if value is True}, "ours, no lever": PLAIN}
 
+# %% ../nbs/19_rivals.ipynb #7b6bb16b
+def _in_training(lvlm: DiscriminativeLVLM) -> DiscriminativeLVLM:
+    "As if it had been trained for a while: at the start LoRA's B is zero and A has no gradient."
+    with torch.no_grad():
+        for name, p in lvlm.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    return lvlm.train()
+
+
+def _sentence_transformers(lvlm: DiscriminativeLVLM, base: DiscriminativeLVLM, pairs: list[Pair], scale: float, cache_rows: int) -> tuple[Callable, dict]:
+    "The step of Sentence Transformers with the weights and the LoRA of an embedder, and what it trains under the embedder's names."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+    quiet_loading()
+    hf_logging.set_verbosity_error()  # the head has no place in this model, which transformers would report
+    with tempfile.TemporaryDirectory() as place, without_torchvision():
+        model = SentenceTransformer(str(base.export(Path(place) / "base")), device="cpu").requires_grad_(False).train()
+    model.tokenizer.padding_side = "right"
+    inner, own = model[0].model, lambda name: name.removeprefix("model.")
+    inject_adapter_in_model(LoraConfig(r=lvlm.lora.r, lora_alpha=lvlm.lora.lora_alpha, target_modules=[own(n) for n in lvlm.lora.target_modules], bias="none"), inner)
+    trained = [name for name, p in lvlm.model.named_parameters() if p.requires_grad]
+    inner.load_state_dict({own(name): lvlm.model.get_parameter(name) for name in trained}, strict=False)
+    features = [model.preprocess([Image.fromarray(p.image) for p in pairs]), model.preprocess([p.short for p in pairs])]
+    options = dict(scale=scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=cache_rows, **options) if cache_rows else MultipleNegativesRankingLoss(model, **options)
+    return lambda: 2 * loss([dict(f) for f in features], None), {name: inner.get_parameter(own(name)) for name in trained}
+
+
+CONTRASTIVE = ("ours", "Sentence Transformers")
+
+
+def contrastive(
+    arm: str,  # of CONTRASTIVE
+    family: str,
+    batch: int,
+    cache_rows: int = 0,  # rows whose graph exists at a time; 0: all
+    shrink: int = 1,
+) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+    "The contrastive step of an arm on a model and a batch of its own, and what both arms train."
+    torch.manual_seed(0)
+    lvlm, pairs = _in_training(proportioned(family, "lora", shrink)), made_pairs(batch)
+    module = Discriminative(lvlm, cache_rows=cache_rows)
+    if arm != "ours":
+        torch.manual_seed(0)
+        base = proportioned(family, "zero-shot", shrink)  # the same weights again
+        return _sentence_transformers(lvlm, base, pairs, module.temperature().item(), cache_rows)
+    prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=False)(0)
+    return lambda: module.training_step(prepared, 0), {name: p for name, p in lvlm.model.named_parameters() if p.requires_grad}
+
 # %% ../nbs/19_rivals.ipynb #5af74690
 def _resident(peak: bool = False) -> int:
     "Bytes of resident memory now, or at most since `_forget_peak`."
@@ -159,17 +228,16 @@ def _resident(peak: bool = False) -> int:
 
 
 def _forget_peak() -> None:
+    "Hand back what setting up has freed, which a step would otherwise use again uncounted, and begin a new peak."
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _prepared(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
-    "The step of an arm on a model and a batch of its own, and what it trains."
+def joint(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+    "The joint step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = proportioned(family).train()
-    with torch.no_grad():  # as if in training: at the start LoRA's B is zero and A has no gradient
-        for name, p in lvlm.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
+    lvlm = _in_training(proportioned(family))
     if arm in RIVALS:
         for module in lvlm.modules():
             if isinstance(module, FoldedLinear):
@@ -182,9 +250,30 @@ def _prepared(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Ten
     return lambda: step(lvlm, pairs, prompts, temperature), trained
 
 
-def gradients_of(arm: str, family: str, batch: int) -> dict[str, torch.Tensor]:
+def own(
+    arm: str,  # joint or contrastive
+    family: str,
+    batch: int,
+    cache_rows: int = 0,
+    tokens: int = 0,  # of every long caption; 0: as many as real ones have
+    shrink: int = 1,
+    device: str = "cpu",
+) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+    "The step of this package as a training takes it, with or without the next-token loss, and what it trains."
+    torch.manual_seed(0)
+    variant = VARIANTS["vladva" if arm == "joint" else "both"]
+    lvlm, pairs = _in_training(proportioned(family, "both", shrink)), made_pairs(batch, tokens=tokens)
+    module = Discriminative(lvlm, variant.ar_weight, cache_rows).to(device)
+    prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=arm == "joint")(0)
+    return lambda: module.training_step(prepared, 0), {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+TASKS = {"joint": joint, "contrastive": contrastive, "own": own}
+
+
+def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **options) -> dict[str, torch.Tensor]:
     "Loss and gradients of one step."
-    step, trained = _prepared(arm, family, batch)
+    step, trained = TASKS[task](arm, family, batch, **options)
     loss = step()
     loss.backward()
     return {"loss": loss.detach()[None], **{n: p.grad for n, p in trained.items()}}
@@ -196,20 +285,41 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-12)).item() for n, g in expected.items())
 
 
-def run_arm(arm: str, family: str, batch: int, steps: int) -> dict:
-    "Seconds of CPU and clock per step and growth of peak memory (bytes) of one arm; the first step is not counted."
-    step, trained = _prepared(arm, family, batch)
-    before, counted = _resident(), []
+def measured(step: Callable[[], object], steps: int, warm_up: int = 1, device: str = "cpu") -> dict:
+    "Seconds of CPU and clock per step and growth of peak memory (bytes) over what is there; the first steps are not counted."
+    wait, there, peak = lambda: None, _resident, lambda: _resident(peak=True)
+    if device == "cuda":
+        wait, there, peak = torch.cuda.synchronize, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+        torch.cuda.reset_peak_memory_stats()
     _forget_peak()
-    for _ in range(steps + 1):
+    before, counted = there(), []
+    for _ in range(warm_up + steps):
+        wait()
         cpu, clock = time.process_time(), time.perf_counter()
-        loss = step()
-        loss.backward()
+        step()
+        wait()
+        counted.append((time.process_time() - cpu, time.perf_counter() - clock))
+    cpu, clock = np.mean(counted[warm_up:], axis=0)
+    return {"cpu seconds": cpu, "seconds": clock, "memory": peak() - before}
+
+
+def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", warm_up: int = 1, **options) -> dict:
+    "What `measured` says of the training step of one arm."
+    step, trained = TASKS[task](arm, family, batch, **options)
+
+    def once() -> None:
+        step().backward()
         for p in trained.values():
             p.grad = None
-        counted.append((time.process_time() - cpu, time.perf_counter() - clock))
-    cpu, clock = np.mean(counted[1:], axis=0)
-    return {"arm": arm, "family": family, "batch": batch, "cpu seconds": cpu, "seconds": clock, "memory": _resident(peak=True) - before, "loss": loss.item()}
+
+    return {"arm": arm, "family": family, "batch": batch, **measured(once, steps, warm_up, options.get("device", "cpu"))}
+
+
+def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 2**13) -> dict:
+    "What `measured` says of ranking a gallery that comes block by block, as from a file, for some queries."
+    vectors = F.normalize(torch.randn(block, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    blocks = lambda: ((np.arange(start, min(start + block, gallery)), vectors[: gallery - start].numpy()) for start in range(0, gallery, block))
+    return {"gallery": gallery, **measured(lambda: nearest(vectors[:queries], blocks(), 10), 1)}
 
 
 def in_fresh_process(function: str, threads: int = 1, **arguments) -> dict:

@@ -71,7 +71,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
                 assert torch.allclose(found[name], gradient, atol=1e-5 * max(gradient.abs().max().item(), 1e-3)), (case, name)
 
 
-def test_torchrun_trains_what_one_process_trains(tmp_path):
+@pytest.fixture
+def own_data(tmp_path):
+    "A folder with twelve pictures, and a config file for each set of settings."
     rng = np.random.default_rng(0)
     scenes = sample_scenes(12, rng)
     for number, picture in enumerate(scene_images(scenes, 60)):
@@ -79,16 +81,53 @@ def test_torchrun_trains_what_one_process_trains(tmp_path):
     lines = [json.dumps({"image": f"{n}.png", "captions": [short_caption(s, rng), long_caption(s, rng)]}) for n, s in enumerate(scenes)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
     shared = {"model": str(CHECKPOINTS / "llava-micro"), "data": ".", "steps": 3, "batch": 6, "lr": 1e-3, "dropout": 0}
-    for name, start, more in (("one", [], {}), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], {}), ("cached", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], {"cache_rows": 2})):
+    for name, more in (("one", {}), ("two", {}), ("cached", {"cache_rows": 2}), ("spread", {"strategy": "fsdp", "cache_rows": 2})):
         (tmp_path / f"{name}.json").write_text(json.dumps(shared | more | {"output": name}))
-        command = [sys.executable, *start, "-m", "lvlm_research.cli", "train", "--config", str(tmp_path / f"{name}.json")]
-        result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "LVLM_THREADS": "1"}, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert result.stdout.count("parameters are trained") == 1  # one process speaks
-    one = pd.read_csv(tmp_path / "one/curves.csv")
-    text = load_embedder(tmp_path / "one").encode_text("a red star")
+    return tmp_path
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def started(*command: str) -> str:
+    "What a process and those that it starts print."
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "LVLM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("parameters are trained") == result.stdout.count("cost: ") == 1  # one process speaks
+    return result.stdout
+
+
+def same_training(one, other) -> None:
+    found, expected = (pd.read_csv(folder / "curves.csv") for folder in (other, one))
+    assert found.pairs.tolist() == expected.pairs.tolist() and found.negatives.tolist() == expected.negatives.tolist()
+    assert np.allclose(found[["contrastive", "next_token"]], expected[["contrastive", "next_token"]], atol=1e-3)
+    assert torch.allclose(load_embedder(other).encode_text("a red star"), load_embedder(one).encode_text("a red star"), atol=1e-3)
+
+
+def test_torchrun_trains_what_one_process_trains(own_data):
+    for name, start in (("one", ()), ("two", TORCHRUN), ("cached", TORCHRUN)):
+        started(*start, "-m", "lvlm_research.cli", "train", "--config", str(own_data / f"{name}.json"))
     for name in ("two", "cached"):
-        found = pd.read_csv(tmp_path / name / "curves.csv")
-        assert found.pairs.tolist() == one.pairs.tolist() and found.negatives.tolist() == one.negatives.tolist()
-        assert np.allclose(found[["contrastive", "next_token"]], one[["contrastive", "next_token"]], atol=1e-3)
-        assert torch.allclose(load_embedder(tmp_path / name).encode_text("a red star"), text, atol=1e-3)
+        same_training(own_data / "one", own_data / name)
+
+
+SPREAD = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+from lvlm_research.finetuning import fine_tune, read_fine_tuning
+torch.set_num_threads(1)
+module = fine_tune(read_fine_tuning(sys.argv[1]))
+frozen = [p for p in module.embedder.model.get_decoder().layers.parameters() if not p.requires_grad]
+print("held", sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen), "of", sum(p.numel() for p in frozen))
+"""
+
+
+def test_spread_over_two_processes_it_trains_what_one_process_trains(own_data):
+    (own_data / "spread.py").write_text(SPREAD)
+    held = started(*TORCHRUN, str(own_data / "spread.py"), str(own_data / "spread.json"))
+    started("-m", "lvlm_research.cli", "train", "--config", str(own_data / "one.json"))
+    same_training(own_data / "one", own_data / "spread")
+    shares = sorted(tuple(map(int, line.split()[1::2])) for line in held.splitlines() if line.startswith("held"))
+    whole = shares[0][1]
+    assert shares == [(whole // 2, whole), (whole, whole)]  # the second process still holds its half; the first made a whole model to save
