@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,23 +19,24 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
-from tokenizers import Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+                          PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 from .backbones import Qwen2VLPictureProcessor, token_types
 from .datasets import JointBatch, Pair, joint_batches
 from .embedder import DiscriminativeLVLM, FoldedLinear, Sequences
 from .levers import PLAIN, Levers
 from .losses import info_nce
-from .prompts import Prompt
+from .prompts import SUMMARY, Prompt
 from .training import VARIANTS, prepare
 
 # %% auto #0
-__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'proportioned',
-           'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'gradients_of', 'largest_difference', 'run_arm',
+__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'PUBLISHED', 'CHAT', 'RIVALS',
+           'OURS', 'proportioned_base', 'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours',
+           'resident', 'forget_peak', 'as_if_in_training', 'gradients_of', 'largest_difference', 'run_arm',
            'in_fresh_process', 'race', 'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
@@ -50,22 +51,45 @@ TEMPLATES = {
 }
 
 
-def _tokenizer(family: str, words: int) -> PreTrainedTokenizerFast:
+PUBLISHED = {  # as the models' own files write one message of a user
+    "llava": "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>\n{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:",
+    "qwen2-vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{% for m in messages %}{% for p in m.content %}"
+                "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}<|im_end|>\n<|im_start|>assistant\n",
+}
+CHAT = ("USER: ", " ASSISTANT:", "system\n", "You are a helpful assistant.", "user\n", "assistant\n", *vars(SUMMARY).values())  # one token a word, as in large vocabularies
+
+
+def _word_tokens(words: int) -> Tokenizer:
     "One token a word."
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(words - len(SPECIAL)))])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
+
+
+def _byte_pairs(words: int, texts: Sequence[str]) -> Tokenizer:
+    "Byte pairs of real texts."
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator([*texts, *CHAT * 200], vocab_size=words, special_tokens=[*SPECIAL, "<|im_start|>", "<|im_end|>"], show_progress=False)
+    return pairs._tokenizer
+
+
+def _tokenizer(family: str, words: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    tokenizer = _byte_pairs(words, texts) if texts else _word_tokens(words)
     named = {"llava": {"image_token": "<image>"}, "qwen2-vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
              "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}}[family]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATES[family],
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=(PUBLISHED if texts else TEMPLATES)[family],
                                    extra_special_tokens=named, clean_up_tokenization_spaces=False)
 
 
-def proportioned(family: str) -> DiscriminativeLVLM:
-    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with LoRA and soft prompts."
+def proportioned_base(
+    family: str,
+    texts: Sequence[str] = (),  # real ones, for a tokenizer of byte pairs and the published chat template; empty: random words
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, and its processor."
     square = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if family == "llava":
-        width, tokenizer = 384, _tokenizer(family, 2560)
+        width, tokenizer = 384, _tokenizer(family, 2560, texts)
         text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6,
                            max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
         vision = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
@@ -75,7 +99,7 @@ def proportioned(family: str) -> DiscriminativeLVLM:
                                    image_token="<image>", num_additional_image_tokens=1)
         model = LlavaForConditionalGeneration(config)
     else:
-        width, tokenizer = 256, _tokenizer(family, 3072)
+        width, tokenizer = 256, _tokenizer(family, 3072, texts)
         text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
                     max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
                     pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -84,8 +108,13 @@ def proportioned(family: str) -> DiscriminativeLVLM:
         config = Qwen2VLConfig(text_config=text, vision_config=vision, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
         pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64**2, max_pixels=64**2, **square)
         processor, model = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template), Qwen2VLForConditionalGeneration(config)
+    return model, processor
+
+
+def proportioned(family: str) -> DiscriminativeLVLM:
+    "The same with LoRA and soft prompts, for random words."
     prompt = Prompt("w1 w2 w3 w4 w5 w6 w7 w8", " w1 w2 w3 w4 w5 w6 w7 w9")
-    return prepare(DiscriminativeLVLM(model, processor, prompt), VARIANTS["vladva"])
+    return prepare(DiscriminativeLVLM(*proportioned_base(family), prompt), VARIANTS["vladva"])
 
 
 def made_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -152,24 +181,29 @@ RIVALS = {"peer style": peer_style, "lean": lean, "lean, one pass": lean_one_pas
 OURS = {"ours": Levers(), **{f"ours without {name}": replace(Levers(), **{name: False}) for name, value in vars(Levers()).items() if value is True}, "ours, no lever": PLAIN}
 
 # %% ../nbs/19_rivals.ipynb #5af74690
-def _resident(peak: bool = False) -> int:
-    "Bytes of resident memory now, or at most since `_forget_peak`."
+def resident(peak: bool = False) -> int:
+    "Bytes of resident memory now, or at most since `forget_peak`."
     name = "VmHWM" if peak else "VmRSS"
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def as_if_in_training(lvlm: DiscriminativeLVLM) -> DiscriminativeLVLM:
+    "At the start LoRA's B is zero, A has no gradient, and nothing is added to a weight; here it is not."
+    with torch.no_grad():
+        for name, p in lvlm.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    return lvlm
 
 
 def _prepared(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = proportioned(family).train()
-    with torch.no_grad():  # as if in training: at the start LoRA's B is zero and A has no gradient
-        for name, p in lvlm.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
+    lvlm = as_if_in_training(proportioned(family).train())
     if arm in RIVALS:
         for module in lvlm.modules():
             if isinstance(module, FoldedLinear):
@@ -199,8 +233,8 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 def run_arm(arm: str, family: str, batch: int, steps: int) -> dict:
     "Seconds of CPU and clock per step and growth of peak memory (bytes) of one arm; the first step is not counted."
     step, trained = _prepared(arm, family, batch)
-    before, counted = _resident(), []
-    _forget_peak()
+    before, counted = resident(), []
+    forget_peak()
     for _ in range(steps + 1):
         cpu, clock = time.process_time(), time.perf_counter()
         loss = step()
@@ -209,13 +243,13 @@ def run_arm(arm: str, family: str, batch: int, steps: int) -> dict:
             p.grad = None
         counted.append((time.process_time() - cpu, time.perf_counter() - clock))
     cpu, clock = np.mean(counted[1:], axis=0)
-    return {"arm": arm, "family": family, "batch": batch, "cpu seconds": cpu, "seconds": clock, "memory": _resident(peak=True) - before, "loss": loss.item()}
+    return {"arm": arm, "family": family, "batch": batch, "cpu seconds": cpu, "seconds": clock, "memory": resident(peak=True) - before, "loss": loss.item()}
 
 
-def in_fresh_process(function: str, threads: int = 1, **arguments) -> dict:
-    "What a function of this module returns, run in a process of its own."
+def in_fresh_process(function: str, threads: int = 1, module: str = "lvlm_research.rivals", **arguments) -> dict:
+    "What a function of a module that runs like this one returns, in a process of its own."
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-m", "lvlm_research.rivals", function, json.dumps(arguments)]
+    command = [sys.executable, "-W", "ignore", "-m", module, function, json.dumps(arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{function} {arguments}: {result.stderr.strip().splitlines()[-1]}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .config import InputError, find_model, read_object, write_beside, write_text
 from .datasets import only_split
-from .embedder import Encodes, Picture, ahead, open_image, shortened
+from .embedder import Encodes, Picture, ahead, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
 from .formats import CAPTION_FIELDS, PICTURES, picture_bytes, read_records
 from .prompts import SUMMARY, Prompt
@@ -110,19 +110,30 @@ class Prepared:
     faults: list[str]
 
 
+def _undecoded(row: Row) -> str | bytes:
+    "The path of a picture, or its bytes in an archive."
+    file, *at = row.picture
+    return picture_bytes(file, at) if at else file
+
+
 def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
     "What a thread does ahead of the model."
     if task.kind == "text":
         return Prepared(task, embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])
-    pictures, faults = {}, []
-    for number, row in enumerate(task.rows):
-        file, *at = row.picture
+
+    def attempt(step: Callable, *args: object) -> object:
+        "What a step makes, or the error if broken pictures are left out."
         try:
-            pictures[number] = open_image(picture_bytes(file, at) if at else file, row.id if at else "")
+            return step(*args)
         except InputError as error:
             if not skip_broken:
                 raise
-            faults.append(str(error))
+            return error
+
+    files = [attempt(_undecoded, row) for row in task.rows]  # one after the other, as they lie in an archive
+    opened = in_threads(lambda file, row: file if isinstance(file, InputError) else attempt(open_image, file, row.id if row.picture[1:] else ""), files, task.rows)
+    pictures = {number: picture for number, picture in enumerate(opened) if not isinstance(picture, InputError)}
+    faults = [str(error) for error in opened if isinstance(error, InputError)]
     batch = embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None
     return Prepared(task, batch, list(pictures), faults)
 
@@ -299,7 +310,7 @@ def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path,
     first = int(there[-1].stem) + 1 if there else 0
     blocks = _unpacked(records, first * card["shard"], card["shard"])
     shards = ((number, list(rows_of(block, card["root"], card["kind"]))) for number, block in enumerate(blocks, first))
-    with torch.inference_mode(), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
+    with torch.inference_mode(), embedder.encoding(card["rows"]), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
         for number, table in _embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar):
             if not _card_of(folder).is_file():
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
