@@ -93,10 +93,12 @@ def retrieval_hits(
     entries: int = ENTRIES,
 ) -> dict[str, dict[int, np.ndarray]]:
     "Hits per caption (`t2i`) and per image (`i2t`) as `expected_hits` defines them, from one product, a block of captions at a time; ValueError for an image without a caption."
-    image, text, number = image.float(), text.float(), torch.as_tensor(image_of_text, device=text.device)
+    image, text, number = image.float(), text.float(), torch.as_tensor(image_of_text, device=text.device).long()
     captions = number.bincount(minlength=len(image))
     if not len(text) or not len(image):
         raise ValueError(f"no items: {len(image)} images and {len(text)} captions have no score")
+    if len(captions) > len(image):
+        raise ValueError(f"a caption is of image {len(captions) - 1}, but there are {len(image)} images")
     if not captions.all():
         raise ValueError(f"image {int((captions == 0).nonzero()[0, 0])} has no caption, so it can be neither right nor wrong")
     best, blocks = _best_captions(image, text, number, math.isqrt(entries)), []

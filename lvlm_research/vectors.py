@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -116,13 +117,9 @@ def _undecoded(row: Row) -> str | bytes:
     return picture_bytes(file, at) if at else file
 
 
-def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
-    "What a thread does ahead of the model."
-    if task.kind == "text":
-        return Prepared(task, embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])
-
+def _opened(rows: list[Row], skip_broken: bool) -> list[Image.Image | InputError]:
+    "The picture of each row, or what is wrong with it if that is to be left out."
     def attempt(step: Callable, *args: object) -> object:
-        "What a step makes, or the error if broken pictures are left out."
         try:
             return step(*args)
         except InputError as error:
@@ -130,10 +127,18 @@ def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
                 raise
             return error
 
-    files = [attempt(_undecoded, row) for row in task.rows]  # one after the other, as they lie in an archive
-    opened = in_threads(lambda file, row: file if isinstance(file, InputError) else attempt(open_image, file, row.id if row.picture[1:] else ""), files, task.rows)
-    pictures = {number: picture for number, picture in enumerate(opened) if not isinstance(picture, InputError)}
-    faults = [str(error) for error in opened if isinstance(error, InputError)]
+    files = [attempt(_undecoded, row) for row in rows]  # one after the other, as they lie in an archive
+    names = [row.id if row.picture[1:] else "" for row in rows]
+    return in_threads(lambda file, name: file if isinstance(file, InputError) else attempt(open_image, file, name), files, names)
+
+
+def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
+    "What a thread does ahead of the model."
+    if task.kind == "text":
+        return Prepared(task, embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])
+    found = _opened(task.rows, skip_broken)
+    pictures = {number: picture for number, picture in enumerate(found) if isinstance(picture, Image.Image)}
+    faults = [str(error) for error in found if isinstance(error, InputError)]
     batch = embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None
     return Prepared(task, batch, list(pictures), faults)
 
