@@ -2,7 +2,6 @@
 import threading
 import time
 from dataclasses import replace
-from functools import cache
 from math import comb
 
 import numpy as np
@@ -13,16 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvlm_research import embedder as embedder_module
-from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
-from lvlm_research.embedder import KEPT_FROM, DiscriminativeLVLM, in_threads
+from lvlm_research.embedder import KEPT_FROM, in_threads
 from lvlm_research.levers import PLAIN
 from lvlm_research.metrics import retrieval_hits
 from lvlm_research.rivals import FAMILIES, as_if_in_training, made_pairs, proportioned
-from lvlm_research.training import VARIANTS, prepare
-from lvlm_research.zoo import MICRO_FAMILIES, micro_family
-
-tokenizer = cache(world_tokenizer)
 
 
 # ---- recall
@@ -176,20 +170,6 @@ def test_long_lists_have_the_embeddings_of_short_ones(lvlm, inputs, expected):
     with Seen(lvlm) as seen:
         lvlm.encode_text(inputs[0][:3])
     assert seen.adapters > 0  # a short list does not pay for the sums
-
-
-@pytest.mark.parametrize("name", MICRO_FAMILIES)
-def test_every_family_embeds_long_lists_as_short_ones(name, monkeypatch):
-    torch.manual_seed(0)
-    lvlm = as_if_in_training(prepare(DiscriminativeLVLM(*micro_family(name, tokenizer())), VARIANTS["vladva"])).eval()
-    lvlm.levers = replace(lvlm.levers, pass_price=8)  # so that whatever all rows begin with is kept
-    texts, noise = ["a", "a red star", "what", "there is a large blue ring left of a star."], np.random.default_rng(0)
-    pictures = [noise.integers(0, 256, (shape, 60, 3), np.uint8) for shape in (60, 60, 40, 90)]
-    for encode, items in ((lvlm.encode_text, texts), (lvlm.encode_image, pictures)):
-        expected = torch.stack([encode(item) for item in items])
-        monkeypatch.setattr(embedder_module, "KEPT_FROM", 4)
-        assert torch.allclose(encode(items), expected, atol=1e-5)
-        monkeypatch.undo()
 
 
 def test_weights_that_would_not_fit_twice_are_not_added_up(lvlm, inputs, expected, monkeypatch):
