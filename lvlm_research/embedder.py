@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -31,19 +32,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
-from .config import InputError, find_model, method_of, read_object
+from .config import InputError, available_cores, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .levers import Levers, common_prefix, lean_states, length_groups
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate',
-           'Templates', 'open_image', 'name_of', 'opened', 'ahead', 'in_batches', 'distinct', 'shortened', 'Encodes',
-           'FoldedLinear', 'fold_small_layers', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
-           'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'count_cut', 'tried',
-           'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained',
-           'adapter_config', 'lora_config', 'loading', 'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM', 'CONFIG_NAME',
+           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'open_image', 'name_of', 'opened', 'ahead',
+           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FoldedLinear', 'fold_small_layers',
+           'folded', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out',
+           'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate',
+           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'adapter_config',
+           'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -255,6 +257,15 @@ def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator:
             thread.shutdown(cancel_futures=True)
 
 
+READERS = 8  # threads that open pictures, at most
+
+
+def in_threads(function: Callable, *items: Iterable) -> list:
+    "`list(map(function, *items))` by a thread per core; the first error in the order of the items is raised, and no more are begun."
+    with ThreadPoolExecutor(min(READERS, available_cores())) as threads:
+        return list(threads.map(function, *items))
+
+
 def in_batches(
     items: list,
     batch_size: int,
@@ -297,6 +308,12 @@ def _rows(vectors: torch.Tensor | np.ndarray) -> torch.Tensor:
     return F.normalize(torch.atleast_2d(torch.as_tensor(vectors)).float(), dim=-1)
 
 
+def _opened_with_look(picture: Picture, name: str) -> tuple[Image.Image, tuple]:
+    "An opened picture, and what is equal for pictures that look the same."
+    image = open_image(picture, name)
+    return image, (image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+
+
 class Encodes:
     "Pictures and texts to embeddings, for a model that has `prepared`, `read_out` and `count_cut`."
 
@@ -324,15 +341,36 @@ class Encodes:
         "How many captions are longer than the model can read."
         raise NotImplementedError
 
+    @contextmanager
+    def encoding(self, items: int) -> Iterator[None]:
+        "Around the encoding of a list of so many items: a model may keep what is the same in all batches."
+        yield
+
     @torch.inference_mode()
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
         alone = isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
         pictures, back = distinct([images] if alone else images)
         named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
-        prepare = lambda batch: self.laid_out([open_image(picture, name) for picture, name in batch], [name for _, name in batch])
-        encode = lambda batch: shortened(self.read_out(batch, "image"), normalize, truncate_dim)
-        found = in_batches(named, batch_size, encode, progress=progress, prepare=prepare)
+        if not named:
+            raise InputError("nothing to embed: the list is empty")
+        row_of, rows = {}, []  # the row of each look; those of all pictures
+
+        def prepare(batch: list[tuple[Picture, str]]):
+            "The pictures of a batch that look like none before, as the model reads them."
+            new = []
+            for (picture, look), (_, name) in zip(in_threads(_opened_with_look, *zip(*batch)), batch):
+                if look not in row_of:
+                    row_of[look] = len(row_of)
+                    new.append((picture, name))
+                rows.append(row_of[look])
+            return self.laid_out(*map(list, zip(*new))) if new else None
+
+        batches = [named[s : s + batch_size] for s in range(0, len(named), batch_size)]
+        with self.encoding(len(named)):
+            prepared = tqdm(ahead(prepare, batches), total=len(batches), disable=not progress, leave=False)
+            parts = [shortened(self.read_out(batch, "image"), normalize, truncate_dim).float().cpu() for batch in prepared if batch is not None]
+        found = torch.cat(parts)[torch.as_tensor(rows)]
         return found[0] if alone else found[torch.as_tensor(back)]
 
     @torch.inference_mode()
@@ -343,7 +381,8 @@ class Encodes:
         if cut := self.count_cut(unique.tolist()):
             warnings.warn(f"{cut} of {len(unique)} captions are longer than the model can read, and were cut to its context")
         encode = lambda batch: shortened(self.read_out(batch, "text"), normalize, truncate_dim)
-        found = in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress, prepare=lambda batch: self.prepared(batch, "text"))
+        with self.encoding(len(unique)):
+            found = in_batches(unique.tolist(), batch_size, encode, length=len, progress=progress, prepare=lambda batch: self.prepared(batch, "text"))
         return found[0] if alone else found[torch.as_tensor(back)]
 
     def similarity(self, a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -358,6 +397,12 @@ def _words(texts: list) -> list[str]:
     return texts
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
+def _with_update(layer: LoraLinear) -> torch.Tensor:
+    "The weight of a LoRA layer with its update added."
+    weight = layer.get_base_layer().weight
+    return weight + sum(layer.get_delta_weight(n) for n in layer.active_adapters).to(weight.dtype)
+
+
 class FoldedLinear(LoraLinear):
     "A LoRA layer of peft that adds the update to the weight first; with dropout, or switched off, it is peft's."
 
@@ -365,8 +410,7 @@ class FoldedLinear(LoraLinear):
         names = self.active_adapters
         if self.disable_adapters or self.merged or args or kwargs or not all(isinstance(self.lora_dropout[n], nn.Identity) for n in names):
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
-        return F.linear(x, base.weight + sum(self.get_delta_weight(n) for n in names).to(base.weight.dtype), base.bias)
+        return F.linear(x, _with_update(self), self.get_base_layer().bias)
 
 
 def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
@@ -374,6 +418,24 @@ def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
     for module in model.modules():
         if type(module) is LoraLinear and module.get_base_layer().weight.numel() <= entries:
             module.__class__ = FoldedLinear
+
+# %% ../nbs/06_embedder.ipynb #71d92cf8
+FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    "Inside, LoRA layers compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not (m.training or m.merged or m.disable_adapters)]
+    if sum(layer.get_base_layer().weight.nbytes for layer in layers) > FOLDED_BYTES:
+        layers = []
+    for layer in layers:
+        layer.forward = partial(F.linear, weight=_with_update(layer), bias=layer.get_base_layer().bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 # %% ../nbs/06_embedder.ipynb #df43f09c
 def trunk_linear_names(model: nn.Module) -> list[str]:
@@ -393,6 +455,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
         self.soft_prompts: SoftPrompts | None = None
         self.lora: LoraConfig | None = None
         self.levers = Levers()
+        self.kept: dict | None = None  # while a list is encoded: what the template's first tokens are in the model
 
     @property
     def device(self) -> torch.device:
@@ -433,8 +496,9 @@ def forward(
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
     sees_ahead = self.model.config.model_type in PREFIX_ATTENTION or batch.vision and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
     share = rows is not None and self.levers.shared_prefix and not sees_ahead
-    shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, self.levers.pass_price) if share else 0
-    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared)
+    price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row
+    shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, price) if share else 0
+    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept)
 
 
 @method_of(DiscriminativeLVLM)
@@ -442,7 +506,8 @@ def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
     "(rows, their sequences) that go through the model together."
     if batch.together or not (self.levers.length_groups and batch.has_rows()):
         return [(torch.arange(len(batch.last)), batch)]
-    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price)]
+    most = None if torch.is_grad_enabled() or self.device.type != "cpu" else self.levers.pass_tokens
+    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price, tokens=most)]
     return [(index, batch.rows(index)) for index in groups]
 
 
@@ -511,6 +576,24 @@ def in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 def prepared(self, items: list, modality: str) -> Sequences:
     "Sequences of opened pictures or of captions, on the model's device."
     return (self.templates.image if modality == "image" else self.templates.text)(items).to(self.device)
+
+
+KEPT_FROM = 64  # items of a list; for fewer, keeping costs more than it saves
+
+
+@method_of(DiscriminativeLVLM)
+@contextmanager
+def encoding(self, items: int) -> Iterator[None]:
+    "Inside, LoRA is added to the weights once, and the template's first tokens go through the model once."
+    if items < KEPT_FROM:
+        yield
+        return
+    self.kept = {}
+    try:
+        with folded(self.model):
+            yield
+    finally:
+        self.kept = None
 
 
 @method_of(DiscriminativeLVLM)

@@ -5,6 +5,7 @@
 # %% ../nbs/05d_levers.ipynb #5068c46a
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Levers:
     length_groups: bool = True  # rows of about the same length go together, so that little is padded
     unique: bool = True  # equal texts of a batch are embedded once
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
+    pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
 
 
 PLAIN = Levers(False, False, False, False, False)
@@ -80,6 +82,25 @@ def common_prefix(
     return shared if (len(input_ids) - 1) * shared >= price else 0
 
 
+def _first_tokens(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # (1, P)
+    inputs: dict[str, torch.Tensor | None],  # of `trunk_inputs`, for these tokens
+    rows: int,
+    kept: dict[tuple[int, ...], DynamicCache] | None,  # by token ids; None: nothing is kept
+) -> DynamicCache:
+    "Keys and values of the tokens that all rows begin with."
+    key = tuple(input_ids[0].tolist())
+    cache = kept.get(key) if kept is not None else None
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+        run_trunk(model, input_ids, inputs, {}, cache=cache)
+    if kept is not None:
+        kept[key], cache = cache, copy.deepcopy(cache)  # the pass adds its own rows and tokens
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
 def lean_states(
     model: PreTrainedModel,
     input_ids: torch.Tensor,  # (B, T)
@@ -89,15 +110,15 @@ def lean_states(
     edit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,  # of the token embeddings (B, T, D), given `last`
     rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
     prefix: int = 0,  # first tokens that all rows share and nobody reads
+    kept: dict[tuple[int, ...], DynamicCache] | None = None,  # what was computed for them before, for a model that does not change
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)`, right where they are read."
     inputs = trunk_inputs(model, input_ids, attention_mask, vision, last)
     cut = lambda part: {name: value if value is None else value[..., part] for name, value in inputs.items()}
     cache = None
     if prefix:
-        cache = DynamicCache(config=model.config)
-        run_trunk(model, input_ids[:1, :prefix], {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}, {}, cache=cache)
-        cache.batch_repeat_interleave(len(input_ids))
+        first = {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}
+        cache = _first_tokens(model, input_ids[:1, :prefix], first, len(input_ids), kept)
     with only_rows(model, rows[:, prefix:]) if rows is not None else ExitStack():
         place = None if edit is None else lambda embeddings: edit(embeddings, last - prefix)
         states = run_trunk(model, input_ids[:, prefix:], cut(slice(prefix, None)), vision, place, cache)
@@ -108,17 +129,22 @@ def length_groups(
     lengths: list[int],  # tokens of each row
     price: int,  # of one more pass, in tokens
     most: int | None = None,  # rows of a group
+    tokens: int | None = None,  # of a group, padded; a row alone may have more
 ) -> list[np.ndarray]:
     "Rows (indices) that go together, longest first: the partition with the fewest padded tokens, passes counted at their price."
     order = np.argsort(-np.asarray(lengths, int), kind="stable")
     ordered = np.asarray(lengths, int)[order]
     changes = np.flatnonzero(np.diff(ordered)) + 1
-    places = np.arange(len(order) + 1) if most else np.unique([0, *changes, len(order)])  # where a group may end; with no limit, rows of one length never part
+    places = np.arange(len(order) + 1) if most or tokens else np.unique([0, *changes, len(order)])  # where a group may end; with no limit, rows of one length never part
     best, cut = np.zeros(len(places)), np.zeros(len(places), int)  # cost of the rows before each place, and where their last group begins
     for end in range(1, len(places)):
-        first = max(0, end - most) if most else 0
+        limits = [most or end, max(1, tokens // max(ordered[end - 1], 1)) if tokens else end]  # rows of a group that ends here
+        first = max(0, end - min(limits))
         starts = places[first:end]
-        costs = best[first:end] + ordered[starts] * (places[end] - starts) + price
+        padded = ordered[starts] * (places[end] - starts)
+        costs = best[first:end] + padded + price
+        if tokens:
+            costs[:-1][padded[:-1] > tokens] = np.inf
         best[end], cut[end] = costs.min(), first + costs.argmin()
     groups, end = [], len(places) - 1
     while end:

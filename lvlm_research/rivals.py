@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+                          PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 from transformers.utils import logging as hf_logging
 
 from .backbones import Qwen2VLPictureProcessor, quiet_loading, token_types
@@ -37,14 +37,15 @@ from .embedder import DiscriminativeLVLM, FoldedLinear, Sequences
 from .export import without_torchvision
 from .levers import PLAIN, Levers
 from .losses import info_nce
-from .prompts import Prompt
+from .prompts import SUMMARY, Prompt
 from .training import VARIANTS, Discriminative, prepare
 from .vectors import nearest
 
 # %% auto #0
-__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'RIVALS', 'OURS', 'CONTRASTIVE',
-           'TASKS', 'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'contrastive', 'joint',
-           'own', 'gradients_of', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process', 'race',
+__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'PUBLISHED', 'CHAT', 'RIVALS',
+           'OURS', 'CONTRASTIVE', 'TASKS', 'proportioned_base', 'proportioned', 'made_pairs', 'peer_style', 'lean',
+           'lean_one_pass', 'ours', 'as_if_in_training', 'contrastive', 'resident', 'forget_peak', 'joint', 'own',
+           'gradients_of', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process', 'race',
            'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
@@ -59,26 +60,46 @@ TEMPLATES = {
 }
 
 
-def _tokenizer(family: str, words: int) -> PreTrainedTokenizerFast:
+PUBLISHED = {  # as the models' own files write one message of a user
+    "llava": "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>\n{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:",
+    "qwen2-vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{% for m in messages %}{% for p in m.content %}"
+                "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}<|im_end|>\n<|im_start|>assistant\n",
+}
+CHAT = ("USER: ", " ASSISTANT:", "system\n", "You are a helpful assistant.", "user\n", "assistant\n", *vars(SUMMARY).values())  # one token a word, as in large vocabularies
+
+
+def _word_tokens(words: int) -> Tokenizer:
     "One token a word."
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(words - len(SPECIAL)))])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
+
+
+def _byte_pairs(words: int, texts: Sequence[str]) -> Tokenizer:
+    "Byte pairs of real texts."
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator([*texts, *CHAT * 200], vocab_size=words, special_tokens=[*SPECIAL, "<|im_start|>", "<|im_end|>"], show_progress=False)
+    return pairs._tokenizer
+
+
+def _tokenizer(family: str, words: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    tokenizer = _byte_pairs(words, texts) if texts else _word_tokens(words)
     named = {"llava": {"image_token": "<image>"}, "qwen2-vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
              "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}}[family]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATES[family],
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=(PUBLISHED if texts else TEMPLATES)[family],
                                    extra_special_tokens=named, clean_up_tokenization_spaces=False)
 
 
-def proportioned(
+def proportioned_base(
     family: str,
-    variant: str = "vladva",  # what is trained
+    texts: Sequence[str] = (),  # real ones, for a tokenizer of byte pairs and the published chat template; empty: random words
     shrink: int = 1,  # widths and numbers of heads are divided by it
-) -> DiscriminativeLVLM:
-    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, with what the variant trains."
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, and its processor."
     square = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if family == "llava":
-        width, heads, tokenizer = 384 // shrink, 6 // shrink, _tokenizer(family, 2560)
+        width, heads, tokenizer = 384 // shrink, 6 // shrink, _tokenizer(family, 2560, texts)
         text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=heads, num_key_value_heads=heads,
                            max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
         vision = CLIPVisionConfig(hidden_size=128 // shrink, intermediate_size=512 // shrink, num_hidden_layers=4, num_attention_heads=4 // shrink, image_size=64, patch_size=8)
@@ -88,7 +109,7 @@ def proportioned(
                                    image_token="<image>", num_additional_image_tokens=1)
         model = LlavaForConditionalGeneration(config)
     else:
-        width, tokenizer = 256 // shrink, _tokenizer(family, 3072)
+        width, tokenizer = 256 // shrink, _tokenizer(family, 3072, texts)
         text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4 // shrink, num_key_value_heads=1,
                     max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
                     pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -97,8 +118,17 @@ def proportioned(
         config = Qwen2VLConfig(text_config=text, vision_config=vision, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
         pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64**2, max_pixels=64**2, **square)
         processor, model = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template), Qwen2VLForConditionalGeneration(config)
+    return model, processor
+
+
+def proportioned(
+    family: str,
+    variant: str = "vladva",  # what is trained
+    shrink: int = 1,
+) -> DiscriminativeLVLM:
+    "The same with what the variant trains, for random words."
     prompt = Prompt("w1 w2 w3 w4 w5 w6 w7 w8", " w1 w2 w3 w4 w5 w6 w7 w9")
-    return prepare(DiscriminativeLVLM(model, processor, prompt), VARIANTS[variant])
+    return prepare(DiscriminativeLVLM(*proportioned_base(family, shrink=shrink), prompt), VARIANTS[variant])
 
 
 def made_pairs(
@@ -170,13 +200,13 @@ RIVALS = {"peer style": peer_style, "lean": lean, "lean, one pass": lean_one_pas
 OURS = {"ours": Levers(), **{f"ours without {name}": replace(Levers(), **{name: False}) for name, value in vars(Levers()).items() if value is True}, "ours, no lever": PLAIN}
 
 # %% ../nbs/19_rivals.ipynb #7b6bb16b
-def _in_training(lvlm: DiscriminativeLVLM) -> DiscriminativeLVLM:
-    "As if it had been trained for a while: at the start LoRA's B is zero and A has no gradient."
+def as_if_in_training(lvlm: DiscriminativeLVLM) -> DiscriminativeLVLM:
+    "At the start LoRA's B is zero, A has no gradient, and nothing is added to a weight; here it is not."
     with torch.no_grad():
         for name, p in lvlm.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.05)
-    return lvlm.train()
+    return lvlm
 
 
 def _sentence_transformers(lvlm: DiscriminativeLVLM, base: DiscriminativeLVLM, pairs: list[Pair], scale: float, cache_rows: int) -> tuple[Callable, dict]:
@@ -211,7 +241,7 @@ def contrastive(
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The contrastive step of an arm on a model and a batch of its own, and what both arms train."
     torch.manual_seed(0)
-    lvlm, pairs = _in_training(proportioned(family, "lora", shrink)), made_pairs(batch)
+    lvlm, pairs = as_if_in_training(proportioned(family, "lora", shrink).train()), made_pairs(batch)
     module = Discriminative(lvlm, cache_rows=cache_rows)
     if arm != "ours":
         torch.manual_seed(0)
@@ -221,13 +251,13 @@ def contrastive(
     return lambda: module.training_step(prepared, 0), {name: p for name, p in lvlm.model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/19_rivals.ipynb #5af74690
-def _resident(peak: bool = False) -> int:
-    "Bytes of resident memory now, or at most since `_forget_peak`."
+def resident(peak: bool = False) -> int:
+    "Bytes of resident memory now, or at most since `forget_peak`."
     name = "VmHWM" if peak else "VmRSS"
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     "Hand back what setting up has freed, which a step would otherwise use again uncounted, and begin a new peak."
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -237,7 +267,7 @@ def _forget_peak() -> None:
 def joint(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The joint step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = _in_training(proportioned(family))
+    lvlm = as_if_in_training(proportioned(family).train())
     if arm in RIVALS:
         for module in lvlm.modules():
             if isinstance(module, FoldedLinear):
@@ -262,7 +292,7 @@ def own(
     "The step of this package as a training takes it, with or without the next-token loss, and what it trains."
     torch.manual_seed(0)
     variant = VARIANTS["vladva" if arm == "joint" else "both"]
-    lvlm, pairs = _in_training(proportioned(family, "both", shrink)), made_pairs(batch, tokens=tokens)
+    lvlm, pairs = as_if_in_training(proportioned(family, "both", shrink).train()), made_pairs(batch, tokens=tokens)
     module = Discriminative(lvlm, variant.ar_weight, cache_rows).to(device)
     prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=arm == "joint")(0)
     return lambda: module.training_step(prepared, 0), {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -287,11 +317,11 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 
 def measured(step: Callable[[], object], steps: int, warm_up: int = 1, device: str = "cpu") -> dict:
     "Seconds of CPU and clock per step and growth of peak memory (bytes) over what is there; the first steps are not counted."
-    wait, there, peak = lambda: None, _resident, lambda: _resident(peak=True)
+    wait, there, peak = lambda: None, resident, lambda: resident(peak=True)
     if device == "cuda":
         wait, there, peak = torch.cuda.synchronize, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
         torch.cuda.reset_peak_memory_stats()
-    _forget_peak()
+    forget_peak()
     before, counted = there(), []
     for _ in range(warm_up + steps):
         wait()
@@ -322,10 +352,10 @@ def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 
     return {"gallery": gallery, **measured(lambda: nearest(vectors[:queries], blocks(), 10), 1)}
 
 
-def in_fresh_process(function: str, threads: int = 1, **arguments) -> dict:
-    "What a function of this module returns, run in a process of its own."
+def in_fresh_process(function: str, threads: int = 1, module: str = "lvlm_research.rivals", **arguments) -> dict:
+    "What a function of a module that runs like this one returns, in a process of its own."
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-m", "lvlm_research.rivals", function, json.dumps(arguments)]
+    command = [sys.executable, "-W", "ignore", "-m", module, function, json.dumps(arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{function} {arguments}: {result.stderr.strip().splitlines()[-1]}")

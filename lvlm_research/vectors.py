@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .config import InputError, check_space, clear_parts, find_model, no_room, read_object, write_beside, write_text
 from .datasets import only_split
-from .embedder import Encodes, Picture, ahead, open_image, shortened
+from .embedder import Encodes, Picture, ahead, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
 from .formats import CAPTION_FIELDS, PICTURES, picture_bytes, read_records
 from .prompts import SUMMARY, Prompt
@@ -110,19 +111,34 @@ class Prepared:
     faults: list[str]
 
 
+def _undecoded(row: Row) -> str | bytes:
+    "The path of a picture, or its bytes in an archive."
+    file, *at = row.picture
+    return picture_bytes(file, at) if at else file
+
+
+def _opened(rows: list[Row], skip_broken: bool) -> list[Image.Image | InputError]:
+    "The picture of each row, or what is wrong with it if that is to be left out."
+    def attempt(step: Callable, *args: object) -> object:
+        try:
+            return step(*args)
+        except InputError as error:
+            if not skip_broken:
+                raise
+            return error
+
+    files = [attempt(_undecoded, row) for row in rows]  # one after the other, as they lie in an archive
+    names = [row.id if row.picture[1:] else "" for row in rows]
+    return in_threads(lambda file, name: file if isinstance(file, InputError) else attempt(open_image, file, name), files, names)
+
+
 def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
     "What a thread does ahead of the model."
     if task.kind == "text":
         return Prepared(task, embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])
-    pictures, faults = {}, []
-    for number, row in enumerate(task.rows):
-        file, *at = row.picture
-        try:
-            pictures[number] = open_image(picture_bytes(file, at) if at else file, row.id if at else "")
-        except InputError as error:
-            if not skip_broken:
-                raise
-            faults.append(str(error))
+    found = _opened(task.rows, skip_broken)
+    pictures = {number: picture for number, picture in enumerate(found) if isinstance(picture, Image.Image)}
+    faults = [str(error) for error in found if isinstance(error, InputError)]
     batch = embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None
     return Prepared(task, batch, list(pictures), faults)
 
@@ -308,7 +324,7 @@ def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path,
     first = int(there[-1].stem) + 1 if there else 0
     blocks = _unpacked(records, first * card["shard"], card["shard"])
     shards = ((number, list(rows_of(block, card["root"], card["kind"]))) for number, block in enumerate(blocks, first))
-    with torch.inference_mode(), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
+    with torch.inference_mode(), embedder.encoding(card["rows"]), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
         for number, table in _embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar):
             if number == first:
                 check_space(folder, table.nbytes * (-(-len(records) // card["shard"]) - first), "what is still to be embedded")

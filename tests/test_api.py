@@ -116,8 +116,8 @@ def test_what_is_given_twice_is_embedded_once(scenes, tmp_path):
     Image.fromarray(scenes[0][0]).save(file)
     rows = []
     lvlm.model.get_decoder().register_forward_hook(lambda module, args, out: rows.append(len(out.last_hidden_state)))
-    many = lvlm.encode_image([str(file)] * 50 + [file, file.read_bytes()])
-    assert sum(rows) == 2 and torch.allclose(many, many[:1].expand_as(many), atol=1e-6)
+    many = lvlm.encode_image([str(file)] * 50 + [file, file.read_bytes(), scenes[0][0], Image.fromarray(scenes[0][0])], batch_size=2)
+    assert sum(rows) == 1 and torch.allclose(many, many[:1].expand_as(many), atol=1e-6)
     rows.clear()
     assert lvlm.encode_text(["a star"] * 50 + ["a ring"]).shape[0] == 51 and sum(rows) == 2
 

@@ -119,6 +119,16 @@ def test_levers_change_neither_loss_nor_gradients(trained, pictures):
     trained.levers = Levers()
 
 
+def test_long_lists_are_embedded_as_short_ones(trained, pictures, monkeypatch):
+    trained.levers = Levers(pass_price=8)  # so that whatever all rows begin with is computed once
+    for encode, items in ((trained.encode_text, SHORT), (trained.encode_image, pictures)):
+        monkeypatch.setattr(embedder_module, "KEPT_FROM", 64)
+        expected = torch.stack([encode(item) for item in items])
+        monkeypatch.setattr(embedder_module, "KEPT_FROM", 2)
+        assert torch.allclose(encode(items), expected, atol=1e-5)
+    trained.levers = Levers()
+
+
 def test_untrained_soft_prompts_and_lora_change_nothing(base, folder, pictures):
     adapted = prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"]).eval()
     assert torch.allclose(adapted.encode_image(pictures), base.encode_image(pictures), atol=1e-5)

@@ -10,7 +10,7 @@ from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.rivals import FAMILIES, made_pairs, proportioned
 from lvlm_research.training import Discriminative
 
-SWITCHES = [f.name for f in fields(Levers) if f.name != "pass_price"]
+SWITCHES = [f.name for f in fields(Levers) if isinstance(f.default, bool)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
