@@ -234,9 +234,3 @@ def test_mteb_reads_a_dual_encoder_too(pictures):
     expected = encoder.embedder.encode_image([*pictures, pictures[0]])
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
     assert torch.allclose(encoder.similarity(found, found), expected @ expected.T, atol=1e-5)
-
-
-def test_without_mteb_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("lvlm_research.mteb_model.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'lvlm-research\[export\]'"):
-        MtebEncoder(str(CHECKPOINTS / "clip-micro"))
