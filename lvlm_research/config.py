@@ -60,13 +60,13 @@ class Profile:
     draws: int = 1000  # of the bootstrap
     keep_seconds: float = 120.0  # between two writes of the state of a training
     cache_rows: int = 0  # of a training (notebook 08a): rows whose graph is in memory at a time; 0: all
-    models: dict = field(default_factory=dict)  # checkpoints in place of models trained here: one of `GIVEN_MODELS` -> folder, or a name on the Hugging Face hub
-    training: dict = field(default_factory=dict)  # pictures with captions in place of scenes: data, images, fields, split, as in notebook paper/20
-    validation: dict = field(default_factory=dict)  # a retrieval set on which prompts are compared: task, data, images
-    benchmarks: dict = field(default_factory=dict)  # public ones in place of made ones: task of notebook 04a -> data, images
+    models: dict[str, str] = field(default_factory=dict)  # checkpoints in place of models trained here: one of `GIVEN_MODELS` -> folder, or a name on the Hugging Face hub
+    training: dict[str, str] = field(default_factory=dict)  # pictures with captions in place of scenes: data, images, fields, split, as in notebook paper/20
+    validation: dict[str, str] = field(default_factory=dict)  # a retrieval set on which prompts are compared: task, data, images
+    benchmarks: dict[str, dict[str, str]] = field(default_factory=dict)  # public ones in place of made ones: task of notebook 04a -> data, images
 
 
-def _public(name: str, file: str = "") -> dict:
+def _public(name: str, file: str = "") -> dict[str, str]:
     "Where a public benchmark lies unless a file says otherwise."
     return {"data": f"data/paper/{name}{f'/{file}' if file else ''}", "images": f"data/paper/{name}/images"}
 
@@ -231,8 +231,11 @@ def _placed(here: Path, values: dict) -> dict:
     "The same with paths that start from the folder of the profile's file; of a model only if it is there, else it is what `find_model` makes of its name."
     placed = {}
     for name, value in values.items():
-        is_path = name in _PATHS and value or name in GIVEN_MODELS and (here / value).is_dir()
-        placed[name] = _placed(here, value) if isinstance(value, dict) else str(here / value) if is_path else value
+        if isinstance(value, dict):
+            placed[name] = _placed(here, value)
+        else:
+            is_path = name in _PATHS and value or name in GIVEN_MODELS and (here / value).is_dir()
+            placed[name] = str(here / value) if is_path else value
     return placed
 
 
@@ -260,8 +263,9 @@ def _fault(base: Profile, key: str, value: object) -> str | None:
     if kind is str:
         allowed = {"size": MODEL_SIZES, "precision": PRECISIONS}[key]
         return None if value in allowed else f"{key!r} must be one of {', '.join(allowed)}, not {value!r}"
-    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    return None if positive else f"{key!r} must be a positive {'number' if kind is float else 'whole number'}, not {value!r}"
+    may_be_zero = key == "cache_rows"
+    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < math.inf or value == 0 and may_be_zero)
+    return None if positive else f"{key!r} must be {'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'}, not {value!r}"
 
 
 def _fault_of_names(key: str, value: object) -> str | None:
@@ -311,7 +315,7 @@ def _cached_model(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, ValueError):  # not there, or no name that the hub allows
         raise InputError(f"model {name!r} does not exist, neither as a folder nor in the local cache of the Hugging Face hub; give a folder written by save_pretrained, or fetch it: hf download {name}") from None
 
 # %% ../nbs/00_config.ipynb #70c9aaa1

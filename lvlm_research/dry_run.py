@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedConfig, Qwen2VLConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel, Qwen2VLConfig
 
 from .config import InputError, Profile, find_model, profile_of, read_object, root
 from .doctor import LONG, SHORT, lora_size, memory, parameter_counts, sequence_tokens
@@ -24,9 +25,9 @@ from .reproduce import Stage, model_folder, needed_for, stages, stages_left_out
 from .training import VARIANTS, Variant
 
 # %% auto #0
-__all__ = ['AROUND', 'KNOWN', 'PICTURE_BYTES', 'PAPER_PICTURES', 'PUBLISHED', 'GPUS', 'EMBEDDED', 'Size', 'model_size', 'Missing',
-           'missing_sources', 'sources', 'trunk_operations', 'tower_operations', 'pair_operations',
-           'embedding_operations', 'Line', 'Plan', 'plan', 'check_sources']
+__all__ = ['AROUND', 'KNOWN', 'PICTURE_BYTES', 'PAPER_PICTURES', 'PUBLISHED', 'GPUS', 'EMBEDDED', 'Size', 'folder_size',
+           'model_size', 'Missing', 'missing_sources', 'sources', 'trunk_operations', 'tower_operations',
+           'pair_operations', 'embedding_operations', 'Line', 'Plan', 'plan', 'check_sources']
 
 # %% ../nbs/15c_dry_run.ipynb #c592dc0a
 def _llava(width: int, inner: int, layers: int) -> LlavaConfig:
@@ -63,24 +64,30 @@ class Size:
         return sum(self.counts.values())
 
 
+def _counted(config: PreTrainedConfig, tokens: Callable[[PreTrainedModel], dict[str, int]]) -> Size:
+    "Sizes from a config, without weights."
+    model = skeleton(config)
+    return Size(config, parameter_counts(model), lora_size(model)[1], tokens(model))
+
+
+def folder_size(folder: Path) -> Size | None:
+    "Size of an LVLM on disk; None for a dual encoder, InputError for a folder that holds neither."
+    config = read_config(folder)
+    if config.model_type in DUAL_ENCODERS:
+        return None
+    return _counted(config, lambda model: sequence_tokens(model, Templates(load_processor(folder, config), SUMMARY))[0])
+
+
 @lru_cache
 def model_size(name: str) -> Size | None:
-    "Size of an LVLM that is on disk or known; None of one that is neither, and of a dual encoder."
+    "Size of an LVLM that can be read or is known; None of one that is neither, and of a dual encoder."
     try:
-        folder = find_model(name)
-        config = read_config(folder)
+        return folder_size(find_model(name))
     except InputError:
         if name not in KNOWN:
             return None
         make, picture, patches = KNOWN[name]
-        config, tokens = make(), {"image": picture + AROUND, "text": AROUND, "patches": patches}
-        model = skeleton(config)
-    else:
-        if config.model_type in DUAL_ENCODERS:
-            return None
-        model = skeleton(config)
-        tokens = sequence_tokens(model, Templates(load_processor(folder, config), SUMMARY))[0]
-    return Size(config, parameter_counts(model), lora_size(model)[1], tokens)
+        return _counted(make(), lambda model: {"image": picture + AROUND, "text": AROUND, "patches": patches})
 
 # %% ../nbs/15c_dry_run.ipynb #63e9effb
 PICTURE_BYTES = 150_000
@@ -100,7 +107,8 @@ class Missing:
 
 def _model(name: str) -> Missing | None:
     try:
-        check_weights(find_model(name))
+        check_weights(folder := find_model(name))
+        folder_size(folder)
     except InputError as error:
         size = model_size(name)
         return Missing(str(error), 2.0 * size.parameters if size else 0.0)
@@ -188,7 +196,8 @@ class Line:
     minutes: float | None = None  # measured, in the committed run of the profile
 
 
-def _counted(task: str, data: str, images: str) -> tuple[int, int]:
+@lru_cache
+def _items(task: str, data: str, images: str) -> tuple[int, int]:
     "Pictures and texts of a benchmark, as they are or as they are published."
     try:
         suite = public_suite(task, data, images)
@@ -209,9 +218,9 @@ def _of_embedding(stage: Stage, size: Size, p: Profile) -> tuple[float, float]:
     "Operations and bytes on the GPU."
     costs = memory(size.config, size.counts, size.lora, size.tokens, EMBEDDED)["embedding"]
     if stage.notebook == "30_evaluate":
-        counted = [_counted(task, **places) for task, places in p.benchmarks.items()]
+        counted = [_items(task, **places) for task, places in p.benchmarks.items()]
         return embedding_operations(size, *map(sum, zip(*counted))), float(sum(costs.values()))
-    pictures = min(_counted(**p.validation)[0], p.study_images)
+    pictures = min(_items(**p.validation)[0], p.study_images)
     models, times = (1, len(read_prompts(root() / "data/prompts.json"))) if stage.notebook == "40_prompt_study" else (2, 2)  # before and after
     return times * embedding_operations(size, pictures, pictures), float(models * costs["weights"] + costs["activations"])
 
@@ -249,7 +258,7 @@ class Plan:
         brought = bool(self.profile.models)
         out = [f"profile {self.profile.name}: {len(self.lines)} stages; nothing is run, written or fetched", "", "missing" if self.missing else "nothing is missing"]
         out += [f"  {name}{f', about {_gb(m.bytes)}' if m.bytes else ''}: {m.why}" for name, m in self.missing.items()]
-        shown = lambda value, form=str: "" if value is None else form(value)
+        shown = lambda value, form: "" if value is None else form(value)
         estimates = lambda line: (shown(line.gpu_hours, "{:,.1f}".format), shown(line.gpu_bytes, _gb)) if brought else (shown(line.minutes, "{:.1f}".format),)
         table = [("stage", "notebook", *(("GPU hours", "GPU memory") if brought else ("minutes",)), "missing")]
         table += [(line.stage.name, line.stage.notebook, *estimates(line), ", ".join(line.missing)) for line in self.lines]
@@ -269,10 +278,10 @@ def _notes(p: Profile, lines: list[Line], missing: dict[str, Missing], gpu: str,
     hours, low, full = sum(line.gpu_hours or 0 for line in lines), *GPUS[gpu]
     sizes = [size for size in map(model_size, p.models.values()) if size]
     states = max((24.0 * size.lora for size in sizes), default=0.0)  # weights and two moments, beside the state before
-    free = shutil.disk_usage(next(f for f in (root() / "results", root()) if f.is_dir())).free
+    free = shutil.disk_usage(root()).free
     return [
         f"GPU hours  {hours:,.0f} in all on one {gpu}: an estimate, nothing was measured on a GPU. Operations are counted from the configs and divided by {share:.0%} (assumed: --share) of "
-        f"{low / 1e12:,.0f} (bfloat16) and {full / 1e12:,.1f} (float32) TFLOP/s of the data sheet. Trainings: {p.train_steps:,} steps of {p.train_batch:,} pairs.",
+        f"{low / 1e12:,.0f} (bfloat16) and {full / 1e12:,.1f} (float32) TFLOP/s of the data sheet; reading and preparing pictures is not counted. Trainings: {p.train_steps:,} steps of {p.train_batch:,} pairs.",
         f"memory     the GPU's as above, estimated; of the machine at least {_gb(max((4.0 * size.parameters for size in sizes), default=0))}, as weights are loaded in float32",
         f"disk       about {_gb(sum(line.disk for line in lines))} of adapters, {_gb(states)} for the state of each training while it runs, "
         f"{_gb(sum(m.bytes for m in missing.values()))} for what is missing (2 bytes a parameter, {PICTURE_BYTES / 1000:.0f} kB a photograph); {_gb(free)} are free here",
@@ -295,12 +304,14 @@ def plan(
         lines = [_line(stage, p, missing, tuple(share * rate for rate in GPUS[gpu])) for stage in graph]
         missing = {name: m for name, m in missing.items() if any(name in line.missing for line in lines)}
         return Plan(p, lines, missing, stages_left_out(profile), _notes(p, lines, missing, gpu, share))
-    measured = root() / "data" / "reference" / p.name / "manifest.json"
-    seconds = {name: entry["seconds"] for name, entry in read_object(measured)["stages"].items()} if measured.is_file() else {}
+    file = root() / "data" / "reference" / p.name / "manifest.json"
+    measured = read_object(file) if file.is_file() else {"stages": {}}
+    seconds = {name: entry["seconds"] for name, entry in measured["stages"].items()}
     files = {name: Missing(f"no such file in {root()}; restore it (git checkout)") for stage in graph for name in stage.inputs if not (root() / name).is_file()}
     lines = [Line(stage, tuple(name for name in stage.inputs if name in files), minutes=seconds[stage.name] / 60 if stage.name in seconds else None) for stage in graph]
     whole = sum(line.minutes or 0 for line in lines)
-    return Plan(p, lines, files, {}, [f"{whole:.0f} minutes, measured in the committed run on {read_object(measured)['run']['cores']} cores"] if seconds else ["no run of this profile is committed, so no times are known"])
+    note = f"the stages took {whole:.0f} minutes together in the committed run, on {measured['run']['cores']} cores" if seconds else "no run of this profile is committed, so no times are known"
+    return Plan(p, lines, files, {}, [note])
 
 
 def check_sources(profile: str, only: str = "") -> None:

@@ -300,13 +300,14 @@ def test_the_base_install_does_all_but_what_its_extras_are_for_and_names_those(t
     settings = dict(line.split(" = ", 1) for line in (ROOT / "settings.ini").read_text().splitlines() if " = " in line)
     base = set().union(*(required(r.name, frozenset(r.extras)) for r in map(Requirement, settings["requirements"].split())))
     assert {"torch", "pillow", "tqdm"} <= base and not {"papermill", "nbdev", "pytest", "faiss-cpu"} & base
-    (tmp_path / "site").mkdir()
+    site = tmp_path / "site-packages"  # by this name dill, by which datasets hashes, knows what is no code of its user
+    site.mkdir()
     for name in base:
         distribution = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}:
-            (tmp_path / "site" / top).symlink_to(distribution.locate_file(top))
+            (site / top).symlink_to(distribution.locate_file(top))
     command = [sys.executable, "-S", str(ROOT / "tests/base_install.py"), str(tmp_path / "out")]  # without site-packages
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}"})
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"})
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "the base install does what it should" and result.stdout.count("pip install") == 3
 
