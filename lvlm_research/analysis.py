@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbones import language_head
-from .embedder import DiscriminativeLVLM, in_batches
+from .embedder import DiscriminativeLVLM, in_batches, opened
 from .losses import token_losses
 from .prompts import Prompt
 
@@ -49,7 +49,7 @@ def read_out(embedder: DiscriminativeLVLM, items: list, modality: str, batch_siz
         states = embedder(sequences, modality)[torch.arange(len(batch)), sequences.last]
         return torch.cat([F.normalize(states.float(), dim=-1), language_head(embedder.model)(states).float().log_softmax(-1)], 1)
 
-    found = in_batches(items, batch_size, encode, length=len if modality == "text" else None)
+    found = in_batches(items, batch_size, encode, **({"prepare": opened} if modality == "image" else {"length": len}))
     width = embedder.model.get_input_embeddings().embedding_dim
     return ReadOut(found[:, :width], found[:, width:])
 

@@ -233,16 +233,19 @@ def scene_suite(profile: Profile, image_size: int, seed: int = SUITE_SEED) -> li
             *(scene_pairs_benchmark(kind, profile.items, image_size, next(rngs)) for kind in NEGATIVE_TYPES)]
 
 # %% ../nbs/04_benchmarks.ipynb #3d7cc122
-_KINDS = {c.__name__: c for c in (Retrieval, Pairs, Winoground, Classification)}
+def _kinds(base: type = Benchmark) -> dict[str, type]:
+    "Every kind of benchmark by its name, those of notebook 04a too where it was imported."
+    return {name: kind for c in base.__subclasses__() for name, kind in ({c.__name__: c} | _kinds(c)).items()}
 
 
 def save_suite(suite: list[Benchmark], file: str | Path) -> Path:
-    "Write benchmarks on scenes (uint8 pictures of one size) as a compressed npz."
+    "Write benchmarks as a compressed npz: scenes (uint8 pictures of one size) as they are, photographs by their paths."
     arrays, described = {}, []
     for number, bench in enumerate(suite):
         values = {f.name: getattr(bench, f.name) for f in fields(bench)}
         arrays |= {f"{number}/{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
-        arrays[f"{number}/images"] = np.stack(values.pop("images"))
+        if isinstance(bench.images[0], np.ndarray):
+            arrays[f"{number}/images"] = np.stack(values.pop("images"))
         described.append({"kind": type(bench).__name__} | {name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
     with write_beside(file) as part:
         np.savez_compressed(part, described=np.array(json.dumps(described)), **arrays)
@@ -251,11 +254,12 @@ def save_suite(suite: list[Benchmark], file: str | Path) -> Path:
 
 def load_suite(file: str | Path) -> list[Benchmark]:
     "Read what `save_suite` wrote."
+    kinds, suite = _kinds(), []
     with npz_arrays(file) as arrays:
-        suite = []
         for number, values in enumerate(json_value(str(arrays["described"]), file)):
             kept = {name.split("/")[1]: arrays[name] for name in arrays if name.startswith(f"{number}/")}
-            suite.append(_KINDS[values.pop("kind")](**values | kept | {"images": list(kept["images"])}))
+            values |= kept
+            suite.append(kinds[values.pop("kind")](**values | {"images": list(values["images"])}))
     return suite
 
 # %% ../nbs/04_benchmarks.ipynb #b47d8bc0

@@ -11,9 +11,10 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
-from .config import InputError, no_room, root, set_threads, visible, write_beside
+from .config import InputError, no_room, profile_of, root, set_threads, visible, write_beside
 
 # %% auto #0
 __all__ = ['run_reproduce', 'run_reference', 'run_one_stage', 'run_evaluate', 'run_train', 'run_embed', 'run_search',
@@ -24,6 +25,15 @@ def run_reproduce(args: argparse.Namespace) -> int:
     "Regenerate (`reproduce`) or bring up to date (`update`) every figure and table of a profile."
     from lvlm_research.reproduce import run_graph
 
+    if args.dry_run:
+        from lvlm_research.dry_run import plan
+
+        print(plan(args.profile, args.only, args.gpu, args.share))
+        return
+    if profile_of(args.profile).models:
+        from lvlm_research.dry_run import check_sources
+
+        check_sources(args.profile, args.only)
     if args.check:
         from lvlm_research.reference import reference_folder
 
@@ -220,7 +230,8 @@ def run_export(args: argparse.Namespace) -> None:
     if not isinstance(embedder, DiscriminativeLVLM):
         raise InputError(f"{args.model}: is a dual encoder, a plain checkpoint already; there is nothing to export")
     embedder.export(args.out, getattr(torch, args.dtype))
-    print(f"{args.model} -> {args.out}: open it with SentenceTransformer({args.out!r})")
+    bring = "" if find_spec("sentence_transformers") else ", after pip install 'lvlm-research[export]'"
+    print(f"{args.model} -> {args.out}: open it with SentenceTransformer({args.out!r}){bring}")
 
 # %% ../nbs/16_cli.ipynb #6c94e8db
 def run_doctor(args: argparse.Namespace) -> None:
@@ -273,6 +284,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--twice", action="store_true", help="then run all once more and compare rows, claims, tables, figures and weights byte for byte; exit code 1 if any differ")
         else:
             sub.set_defaults(twice=False)
+        sub.add_argument("--dry-run", action="store_true", help="run nothing: list per notebook what is missing, and estimates of GPU hours, memory and disk")
+        sub.add_argument("--gpu", default="A100", choices=("A100", "H100", "H200"), help="of the estimates of --dry-run (default: A100)")
+        sub.add_argument("--share", default=0.4, type=float, help="of the GPU's peak rate, assumed in the estimates of --dry-run (default: 0.4)")
     sub = verb("reference", run_reference, "make a finished run the committed reference, with the outputs of the paper's notebooks and the table of the README")
     sub.add_argument("--profile", default="cpu", help="smoke, cpu or gpu")
     sub.add_argument("--results", default="", help="folder of the run (default: results/PROFILE)")

@@ -20,21 +20,23 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile', 'visible',
-           'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object', 'read_json',
-           'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'clear_parts', 'write_text',
-           'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'temporary_folder', 'git_revision',
-           'run_identity', 'available_cores', 'set_threads', 'method_of']
+__all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'GIVEN_MODELS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile',
+           'visible', 'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object',
+           'read_json', 'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'clear_parts',
+           'write_text', 'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'temporary_folder',
+           'git_revision', 'run_identity', 'available_cores', 'set_threads', 'needs', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
 LARGER = {"micro": "mini", "small": "medium"}  # one size up for the same images
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")  # Lightning's names
+GIVEN_MODELS = ("base", "llava-large", "qwen2-vl", "clip", "clip-large")  # what a profile may bring: the LLaVA of most rows, a larger one, a Qwen2-VL, two CLIPs that are only scored
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Profile:
     precision: str = "32-true"
     draws: int = 1000  # of the bootstrap
     keep_seconds: float = 120.0  # between two writes of the state of a training
+    cache_rows: int = 0  # of a training (notebook 08a): rows whose graph is in memory at a time; 0: all
+    models: dict[str, str] = field(default_factory=dict)  # checkpoints in place of models trained here: one of `GIVEN_MODELS` -> folder, or a name on the Hugging Face hub
+    training: dict[str, str] = field(default_factory=dict)  # pictures with captions in place of scenes: data, images, fields, split, as in notebook paper/20
+    validation: dict[str, str] = field(default_factory=dict)  # a retrieval set on which prompts are compared: task, data, images
+    benchmarks: dict[str, dict[str, str]] = field(default_factory=dict)  # public ones in place of made ones: task of notebook 04a -> data, images
+
+
+def _public(name: str, file: str = "") -> dict[str, str]:
+    "Where a public benchmark lies unless a file says otherwise."
+    return {"data": f"data/paper/{name}{f'/{file}' if file else ''}", "images": f"data/paper/{name}/images"}
 
 
 PROFILES = {p.name: p for p in (
@@ -70,7 +82,11 @@ PROFILES = {p.name: p for p in (
     Profile("cpu"),
     Profile("gpu", size="small", tower_steps=6000, dual_steps=8000, dual_batch=512, align_steps=1000, pretrain_steps=20000, pretrain_batch=128, pretrain_lr=1e-3,
             train_steps=4000, train_batch=256, learning_rate=5e-4, retrieval_images=2000, class_images=4000, precision="bf16-mixed"),
-    Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed"),
+    Profile("paper", size="checkpoint", train_steps=55000, train_batch=1024, learning_rate=1e-4, precision="bf16-mixed", cache_rows=4,
+            models={"base": "llava-hf/llava-1.5-7b-hf", "llava-large": "llava-hf/llava-1.5-13b-hf", "qwen2-vl": "Qwen/Qwen2-VL-2B-Instruct"},
+            training={"data": "data/paper/train"}, validation=_public("flickr30k", "flickr30k_val.json") | {"task": "flickr30k"},
+            benchmarks={"flickr30k": _public("flickr30k", "flickr30k_test.json"), "coco": _public("coco", "coco_karpathy_test.json"), "nocaps": _public("nocaps"),
+                        "sugarcrepe": _public("sugarcrepe"), "sugarcrepe_pp": _public("sugarcrepe_pp"), "winoground": _public("winoground"), "imagenet": _public("imagenet")}),
 )}
 
 # %% ../nbs/00_config.ipynb #e212d37c
@@ -190,7 +206,8 @@ def profile_of(
         return _read_profile(Path(profile))
     if profile not in PROFILES:
         raise InputError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}, or a .json file that extends one")
-    return PROFILES[profile]
+    found = PROFILES[profile]
+    return replace(found, **{key: _placed(root(), getattr(found, key)) for key in _SOURCES}) if found.models else found
 
 
 def _read_profile(path: Path) -> Profile:
@@ -203,7 +220,41 @@ def _read_profile(path: Path) -> Profile:
     for key, value in given.items():
         if fault := _fault(base, key, value):
             raise InputError(f"{path}: {fault}")
-    return replace(base, name=path.stem, **given)
+    here = Path(os.path.abspath(path)).parent
+    base = profile_of(base.name)
+    profile = replace(base, name=path.stem, **{key: _placed(here, value) if key in _SOURCES else value for key, value in given.items()})
+    if fault := _fault_of_sources(profile):
+        raise InputError(f"{path}: {fault}")
+    return profile
+
+
+_SOURCES = {"models": GIVEN_MODELS, "training": ("data", "images", "fields", "split"), "validation": ("task", "data", "images"), "benchmarks": ("data", "images")}
+_PATHS = ("data", "images")
+
+
+def _placed(here: Path, values: dict) -> dict:
+    "The same with paths that start from the folder of the profile's file; of a model only if it is there, else it is what `find_model` makes of its name."
+    placed = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            placed[name] = _placed(here, value)
+        else:
+            is_path = name in _PATHS and value or name in GIVEN_MODELS and (here / value).is_dir()
+            placed[name] = str(here / value) if is_path else value
+    return placed
+
+
+def _fault_of_sources(profile: Profile) -> str | None:
+    "What is wrong with where models and data come from; None if nothing is."
+    there = [name for name in _SOURCES if getattr(profile, name)]
+    if profile.size != "checkpoint":
+        return f"{there[0]!r} goes with checkpoints: extend paper, or set \"size\": \"checkpoint\"" if there else None
+    if missing := [name for name in _SOURCES if name not in there]:
+        return f"size 'checkpoint' needs {', '.join(map(repr, missing))}"
+    needed = {"models": (profile.models, ("base",)), "training": (profile.training, _PATHS[:1]), "validation": (profile.validation, _SOURCES["validation"])}
+    needed |= {f"benchmarks, {task}": (places, _PATHS) for task, places in profile.benchmarks.items()}
+    lacks = next(((name, key) for name, (values, keys) in needed.items() for key in keys if not values.get(key)), None)
+    return f"{lacks[0]}: needs {lacks[1]!r}" if lacks else None
 
 
 def _fault(base: Profile, key: str, value: object) -> str | None:
@@ -212,11 +263,25 @@ def _fault(base: Profile, key: str, value: object) -> str | None:
     if key not in keys:
         return f"unknown key {key!r}; a profile has extends, {', '.join(keys)}"
     kind = type(getattr(base, key))
+    if kind is dict:
+        return _fault_of_names(key, value)
     if kind is str:
         allowed = {"size": MODEL_SIZES, "precision": PRECISIONS}[key]
         return None if value in allowed else f"{key!r} must be one of {', '.join(allowed)}, not {value!r}"
-    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    return None if positive else f"{key!r} must be a positive {'number' if kind is float else 'whole number'}, not {value!r}"
+    may_be_zero = key == "cache_rows"
+    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < math.inf or value == 0 and may_be_zero)
+    return None if positive else f"{key!r} must be {'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'}, not {value!r}"
+
+
+def _fault_of_names(key: str, value: object) -> str | None:
+    "What is wrong with an entry that holds texts by name."
+    parts = value if key == "benchmarks" and isinstance(value, dict) else {"": value}
+    for task, part in parts.items():
+        where = f"{key!r}, {task!r}" if task else f"{key!r}"
+        if not isinstance(part, dict) or not all(isinstance(text, str) for text in part.values()):
+            return f"{where} must be an object of texts"
+        if strange := [name for name in part if name not in _SOURCES[key]]:
+            return f"{where} has an unknown key {strange[0]!r}; it has {', '.join(_SOURCES[key])}"
 
 # %% ../nbs/00_config.ipynb #0f0ffc56
 def find_root() -> Path | None:
@@ -237,13 +302,26 @@ def root() -> Path:
 
 
 def find_model(name: str | Path) -> Path:
-    "A model folder as given, or relative to the repository."
+    "A model folder as given, or relative to the repository; or the one in which the local cache of the Hugging Face hub keeps a model of that name."
     candidates = [Path(name)] + ([find_root() / name] if find_root() else [])
     for folder in candidates:
         if any((folder / f).is_file() for f in ("config.json", "discriminative.json")):
             return folder
+    if not any(c.is_dir() for c in candidates) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return _cached_model(str(name))
     found = "is a folder without config.json or discriminative.json" if any(c.is_dir() for c in candidates) else "does not exist"
     raise InputError(f"model {str(name)!r} {found}: give a folder written by save_pretrained")
+
+
+def _cached_model(name: str) -> Path:
+    "The folder of a model of the Hugging Face hub that was fetched before; nothing is fetched here."
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # not there, or no name that the hub allows
+        raise InputError(f"model {name!r} does not exist, neither as a folder nor in the local cache of the Hugging Face hub; give a folder written by save_pretrained, or fetch it: hf download {name}") from None
 
 # %% ../nbs/00_config.ipynb #70c9aaa1
 @contextmanager
@@ -388,6 +466,16 @@ def set_threads() -> int:
         raise InputError(f"LVLM_THREADS is {wanted!r}: give a number of threads, or unset it")
     torch.set_num_threads(int(wanted))
     return torch.get_num_threads()
+
+# %% ../nbs/00_config.ipynb #67aadef9
+def needs(
+    module: str,
+    extra: str,  # of this package
+    note: str = "",  # put after the command
+) -> None:
+    "InputError with the command that installs a module, if it is not there."
+    if find_spec(module) is None:
+        raise InputError(f"{module} is not installed: pip install 'lvlm-research[{extra}]'{note}")
 
 # %% ../nbs/00_config.ipynb #d14ecb5d
 def method_of(cls: type) -> Callable:

@@ -20,7 +20,7 @@ from .prompts import SUMMARY
 
 # %% auto #0
 __all__ = ['LONG', 'SHORT', 'PICTURE_SIZES', 'parameter_counts', 'lora_size', 'kept_bytes', 'memory', 'Report', 'amount',
-           'describe']
+           'sequence_tokens', 'describe']
 
 # %% ../nbs/12a_doctor.ipynb #27a9ca3b
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
@@ -102,7 +102,7 @@ def amount(number: float, unit: str = "") -> str:
     return f"{number / step**power:.3g} {letters[power]}{unit}".rstrip()
 
 
-def _sequence_tokens(model: PreTrainedModel, templates: Templates) -> tuple[dict[str, int], list[int]]:
+def sequence_tokens(model: PreTrainedModel, templates: Templates) -> tuple[dict[str, int], list[int]]:
     "Tokens of an image sequence and of a text sequence without its caption, patches in the tower; and image tokens of pictures of `PICTURE_SIZES`."
     made = [templates.image([np.zeros((height, width, 3), np.uint8)]) for width, height in PICTURE_SIZES]
     vision = model.config.vision_config
@@ -168,7 +168,7 @@ def _describe_lvlm(folder: Path, config: PreTrainedConfig, batch: int, report: R
     report.lines["parameters"] = _counts_line(counts)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     report.lines["LoRA"] = f"{len(names)} linear layers of the trunk ({', '.join(kinds)}); at rank 16 {amount(lora)} parameters"
-    tokens, of_pictures = _sequence_tokens(model, Templates(load_processor(folder, config), SUMMARY))
+    tokens, of_pictures = sequence_tokens(model, Templates(load_processor(folder, config), SUMMARY))
     report.lines["image tokens"] = ", ".join(f"{n} ({width} x {height})" for n, (width, height) in zip(of_pictures, PICTURE_SIZES))
     for name, size in (("float32", 4), ("bfloat16", 2)):
         for task, costs in memory(config, counts, lora, tokens, batch, size).items():

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .config import InputError
+from .config import needs
 from .evaluation import load_embedder, model_signature
 
 # %% auto #0
@@ -31,8 +30,7 @@ class MtebEncoder:
         *,
         device: str | None = None,
     ):
-        if find_spec("mteb") is None:
-            raise InputError("mteb is not installed: pip install 'lvlm-research[export]'")
+        needs("mteb", "export")
         self.embedder = load_embedder(model_name)
         self.model = self.embedder if isinstance(self.embedder, torch.nn.Module) else self.embedder.model
         self.model.to(device or self.model.device)

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .benchmarks import Benchmark, Classification, Pairs, Retrieval, Score, Winoground
-from .config import InputError, read_json, read_text
+from .backbones import SIZES_OF_MODELS
+from .benchmarks import Benchmark, Classification, Pairs, Retrieval, Score, Winoground, scene_retrieval, scene_suite
+from .config import InputError, Profile, read_json, read_text
 from .metrics import pair_accuracy
 from .reading import coco_pictures, field_of, json_lines, json_stream, path_below, text_file
 from .scenes import NEGATIVE_TYPES
@@ -29,7 +30,7 @@ __all__ = ['NOCAPS_DOMAINS', 'IMAGENET_FILES', 'POPE_SETS', 'CAPTION_RULES', 'TA
            'read_captions', 'read_gallery', 'read_nocaps', 'CaptionChoice', 'read_sugarcrepe', 'read_sugarcrepe_pp',
            'read_winoground', 'PictureChoice', 'read_mmvp_vlm', 'read_imagenet', 'says_yes', 'YesNo', 'read_pope',
            'word_counts', 'caption_rules', 'word_count_rule', 'always_yes', 'Task', 'task_of', 'public_suite',
-           'text_only_scores']
+           'text_only_scores', 'profile_suite', 'validation_gallery']
 
 # %% ../nbs/04a_public_benchmarks.ipynb #62918d86
 def _rows(file: Path) -> list[tuple[str, list[str]]]:
@@ -418,3 +419,25 @@ def text_only_scores(task: str, data: str | Path) -> dict[str, list[Score]]:
         able = ", ".join(name for name, t in TASKS.items() if t.rules)
         raise InputError(f"task {task!r} has no rule that does without pictures; --text-only is for {able}")
     return TASKS[task].rules(TASKS[task].read(Path(data), Path()))
+
+# %% ../nbs/04a_public_benchmarks.ipynb #82915b4e
+def profile_suite(profile: Profile) -> list[Benchmark]:
+    "The test items of a profile: public benchmarks if it names any, else made ones."
+    if not profile.benchmarks:
+        return scene_suite(profile, SIZES_OF_MODELS[profile.size].image)
+    return [bench for task, places in profile.benchmarks.items() for bench in public_suite(task, **places)]
+
+
+def validation_gallery(
+    profile: Profile,
+    seed: int,  # of made scenes
+) -> Retrieval:
+    "Pictures of no test set, with a caption each, as many as the profile studies (or there are)."
+    if not profile.validation:
+        return scene_retrieval(profile.study_images, 1, SIZES_OF_MODELS[profile.size].image, np.random.default_rng(seed), "validation", "validation")
+    whole = public_suite(**profile.validation)[-1]
+    if not isinstance(whole, Retrieval):
+        raise InputError(f"validation: task {profile.validation['task']!r} is no retrieval; use flickr30k, coco or nocaps")
+    pictures, first = np.unique(whole.image_of_text, return_index=True)
+    first = first[: profile.study_images]
+    return Retrieval("retrieval", [whole.images[i] for i in pictures[: len(first)]], [whole.texts[i] for i in first], np.arange(len(first)), "validation")

@@ -23,16 +23,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import LARGER, InputError, available_cores, check_card, check_space, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
+from .config import LARGER, InputError, available_cores, check_card, check_space, find_model, needs, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'BUDGETS',
-           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'Stage', 'model_folder', 'written_files',
-           'model_files', 'status_file', 'failure_file', 'stages', 'stage_of', 'needed_for', 'notebook_path',
-           'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact',
-           'downstream', 'run_stage', 'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'lock_of',
-           'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html',
-           'plain_table_html', 'report_html', 'report_sections', 'write_report']
+           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'ITEMS_OF_CHECKPOINTS', 'INTRO_OF_CHECKPOINTS',
+           'Stage', 'model_folder', 'written_files', 'model_files', 'status_file', 'failure_file', 'stages_left_out',
+           'whole_graph', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
+           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'model_of', 'downstream',
+           'run_stage', 'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'lock_of', 'exclusive',
+           'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html',
+           'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -166,13 +167,38 @@ def failure_file(stage: str) -> str:
     return f"failures/{stage}.json"
 
 
-def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
-    "The graph of a profile, in an order in which it can run."
-    if profile_of(profile).size == "checkpoint":
-        raise InputError(f"profile {profile!r} needs real checkpoints and benchmark files, which this release does not read yet; use smoke, cpu or gpu")
-    if profile_of(profile).size not in LARGER:
-        raise InputError(f"profile {profile!r}: there is no larger model than {profile_of(profile).size!r}, which tables 5 to 7 need; use a size of {', '.join(LARGER)}")
-    from_scratch = from_scratch or profile_of(profile).size != "micro"  # the committed checkpoints are micro and one size up
+_MADE = {  # stage or row -> why it needs the made world
+    "dual-clip-equal": "a CLIP is trained from nothing on made scenes alone", "dual-negclip": "its negatives are made from scenes",
+    "train-e5v": "learns from paraphrases and contradictions, which pictures with captions do not have", "train-long": "only the claims ask for it",
+    "evaluate-blind": "its rules are for made pairs; `lvlm-research evaluate --task TASK --text-only` has those of the public ones",
+    "captions": "facts in captions are checked against made scenes", "fig7": "shows captions that are checked against made scenes",
+    "fig6": "draws made scenes", "claims": "their statistics name made sets"}
+_ASKED = {"tab1": ("flickr30k", "coco", "nocaps"), "tab2": ("sugarcrepe",), "tab3": ("sugarcrepe_pp",), "tab4": ("flickr30k", "sugarcrepe"), "tab5": ("flickr30k", "coco", "nocaps"),
+          "tab6": ("sugarcrepe",), "tab7": ("sugarcrepe_pp",), "tab8": ("winoground",), "tab9": ("imagenet",)}  # public benchmarks, of which tab4 needs both, the others one
+
+
+def stages_left_out(profile: str) -> dict[str, str]:
+    "Stage -> why it is no part of the graph of a profile that brings checkpoints; empty for the others."
+    p = profile_of(profile)
+    if not p.models:
+        return {}
+    made = {name: name.removeprefix("base-") for name in ("base", *(f"base-{b}" for b in BACKBONES))} | {f"dual-{m}": m for m in ("clip", "clip-large")}
+    reasons = {stage: f"the profile brings {p.models[model]}" if model in p.models else f"the profile brings no model {model!r}" for stage, model in made.items()} | _MADE
+    known = {*p.models, *(v for v in TRAINED if f"train-{v}" not in _MADE), *(f"vladva-{b}" for b in BACKBONES if b in p.models)}
+    reasons |= {f"train-vladva-{b}": f"the profile brings no model {b!r}" for b in BACKBONES if b not in p.models}
+    reasons |= {f"evaluate-{row}": f"there is no model {model_folder(row)!r}" for row in ROWS if row != "blind" and model_folder(row) not in known}
+    for item, tasks in _ASKED.items():
+        if not (all if item == "tab4" else any)(t in p.benchmarks for t in tasks):
+            reasons[item] = f"the profile names no benchmark {' or '.join(t for t in tasks if t not in p.benchmarks)}"
+    return reasons
+
+
+def whole_graph(profile: str, from_scratch: bool = False) -> list[Stage]:
+    "Every stage there is, in an order in which it can run."
+    p = profile_of(profile)
+    if not p.models and p.size not in LARGER:
+        raise InputError(f"profile {profile!r}: there is no larger model than {p.size!r}, which tables 5 to 7 need; use a size of {', '.join(LARGER)}")
+    from_scratch = from_scratch or p.size != "micro"  # the committed checkpoints are micro and one size up
     models = _models(profile, from_scratch)
     items, with_items = _items(), [m for m in ROWS if m != "blind"]
     claims = Stage("claims", "90_claims", {}, (*(f"items/{m}.npz" for m in with_items), *(f"measures/fig{i}.csv" for i in range(3, 8)), *(f"models/{m}/curves.csv" for m in ("long", "both"))), ("claims.csv",))
@@ -188,6 +214,17 @@ def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     shown = (*(w for s in items for w in s.writes), *(f"rows/{m}.csv" for m in ROWS), *claims.writes)
     graph.append(Stage("report", "99_report", {}, (*shown, *(status_file(s.name) for s in graph)), ("rows.csv", "manifest.json", "report.html")))
     return [replace(s, inputs=(*s.inputs, profile)) for s in graph] if profile.endswith(".json") else graph
+
+
+def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
+    "The graph of a profile: for one of checkpoints without what is brought and what needs the made world, and with what was made there read no more."
+    graph, left_out = whole_graph(profile, from_scratch), stages_left_out(profile)
+    if from_scratch and left_out:
+        raise InputError(f"profile {profile!r} brings its models: leave out --from-scratch")
+    kept = [s for s in graph if s.name not in left_out]
+    written = {name for s in kept for name in (*s.writes, status_file(s.name))}
+    loads = ("30_evaluate", "40_prompt_study", "fig3", "fig4") if left_out else ()  # a model of billions of parameters
+    return [replace(s, reads=tuple(r for r in s.reads if r in written), gpu=s.gpu or s.notebook in loads) for s in kept]
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
 def stage_of(name: str, graph: list[Stage]) -> Stage:
@@ -331,6 +368,17 @@ def artefact(results: Path, name: str, reference: str) -> Path:
     print(f"{name} is not in {results.name}: reading the committed reference {reference} instead")
     return check_card(path)
 
+
+def model_of(
+    results: Path,
+    profile: str,
+    name: str,  # of the folder in models
+) -> Path:
+    "The folder of a model: the one that the profile brings, or as `artefact` finds it."
+    if brought := profile_of(profile).models.get(name):
+        return find_model(brought)
+    return artefact(results, f"models/{name}", f"data/checkpoints/{COMMITTED.get(name, f'{name}-micro')}")
+
 # %% ../nbs/15_reproduce.ipynb #5c010c91
 def downstream(stage: Stage, graph: list[Stage]) -> list[Stage]:
     "The stage and all that read, directly or not, what it writes."
@@ -340,6 +388,12 @@ def downstream(stage: Stage, graph: list[Stage]) -> list[Stage]:
             reached.append(other)
             stale |= set(other.writes)
     return reached
+
+
+def _check_runner() -> None:
+    "InputError if what runs notebooks is not installed."
+    for module in ("papermill", "ipykernel"):
+        needs(module, "reproduce")
 
 
 def _execute(source: Path, log: Path, parameters: dict) -> None:
@@ -381,6 +435,7 @@ def _entry(stage: Stage) -> dict:
 
 def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None = None, from_scratch: bool = False) -> dict:
     "Run one stage and return its status; raises InputError with one line if the notebook failed."
+    _check_runner()
     folder, notebook = results_folder(profile, results).resolve(), notebook_path(stage.notebook)
     parameters = {"profile": profile, "results": str(folder), **stage.parameters}
     check_parameters(notebook, parameters)
@@ -450,7 +505,7 @@ def end_remains(folder: Path) -> None:
             part.unlink()
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
-SPACE = {"micro": 4e8, "small": 2e9}  # bytes, by the size of a profile's models: several times what a run leaves, as its trainings keep states while they run
+SPACE = {"micro": 4e8, "small": 2e9, "checkpoint": 5e9}  # bytes, by the size of a profile's models: several times what a run leaves, as its trainings keep states while they run
 
 
 def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
@@ -511,8 +566,11 @@ def run_graph(
 ) -> Path:
     "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and a report that says what is missing."
     needed_for(only or "report", stages(profile))
-    if cluster and not (has_snakemake() and (Path(cluster) / "config.yaml").is_file()):
-        raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
+    _check_runner()
+    if cluster:
+        needs("snakemake", "reproduce", ", on Python 3.11 or newer")
+        if not (Path(cluster) / "config.yaml").is_file():
+            raise InputError(f"--cluster {cluster}: needs snakemake (Python 3.11 or newer), and a folder with its config.yaml, such as workflow/slurm")
     check_space(results or root() / "results", int(SPACE[profile_of(profile).size]), f"a run of profile {profile_of(profile).name}")
     folder, cores = results_folder(profile, results).resolve(), cores or available_cores()
     with exclusive(folder):
@@ -562,7 +620,9 @@ def load_rows(results: Path, models: tuple[str, ...] = (*EVALUATED, "blind")):
     "Tidy rows of some models of a run, in their order; of the committed reference for a notebook opened alone."
     import pandas as pd
 
-    files = [results / "rows" / f"{m}.csv" for m in models]
+    mark = _mark(results)
+    evaluated = {s.name for s in stages(mark.get("file") or mark["profile"])}
+    files = [results / "rows" / f"{m}.csv" for m in models if f"evaluate-{m}" in evaluated]
     if all(f.is_file() for f in files):
         return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
     rows = pd.read_csv(artefact(results, "rows.csv", "data/reference/cpu/rows.csv"))
@@ -652,6 +712,12 @@ def report_html(title: str, intro: str, sections: Iterator[tuple[str, str, str]]
 
 # %% ../nbs/15_reproduce.ipynb #b3183e1d
 INTRO = "Profile {profile}: procedural scenes and micro models trained here. These numbers show the method at a small scale; they are not the paper's."
+ITEMS_OF_CHECKPOINTS = {  # where the note of an item speaks of scenes
+    "fig2": "Entropy of the next token at the read-out over 50 pairs of prompts, on the validation set of the profile.",
+    "tab1": "Retrieval on public test sets, percent.",
+    "tab9": "Zero-shot classification of ImageNet, percent.",
+}
+INTRO_OF_CHECKPOINTS = "Profile {profile}: the checkpoints, training data and public benchmarks that the profile names. Reported numbers are the paper's, second-hand."
 
 
 def _missing(results: Path, stage: str) -> str:
@@ -664,20 +730,31 @@ def _missing(results: Path, stage: str) -> str:
     return f"<p class=missing>missing: {html.escape(reason)}</p>"
 
 
-def report_sections(results: Path, record: dict) -> Iterator[tuple[str, str, str]]:
-    "(heading, note, html) of every item, the claims and the manifest `record`."
-    for item, note in ITEMS.items():
+def report_sections(
+    results: Path,
+    record: dict,  # the manifest
+    left_out: dict[str, str],  # stage -> why it is no part of the graph
+) -> Iterator[tuple[str, str, str]]:
+    "(heading, note, html) of every item, the claims and the manifest."
+    for item, note in (ITEMS | (ITEMS_OF_CHECKPOINTS if left_out else {})).items():
+        if item in left_out:
+            continue
         figure, table = results / f"figures/{item}.svg", results / f"tables/{item}.csv"
         svg = figure.read_text(encoding="utf-8") if figure.exists() else ""
         content = (f"<figure>{svg[svg.index('<svg'):]}</figure>" if svg else "") + (table_html(table) if table.exists() else "")
         yield item.replace("fig", "Figure ").replace("tab", "Table "), note, content or _missing(results, item)
     claims = results / "claims.csv"
     columns = ["claim", "statistic", "value", "ci_low", "ci_high", "claimed", "verdict", "note"]
-    yield "Claims", "What the paper says, and whether it holds here; 95 % intervals.", plain_table_html(claims, columns) if claims.exists() else _missing(results, "claims")
+    if "claims" not in left_out:
+        yield "Claims", "What the paper says, and whether it holds here; 95 % intervals.", plain_table_html(claims, columns) if claims.exists() else _missing(results, "claims")
+    if left_out:
+        yield "Left out", "What this profile does not compute, and why.", "<ul>" + "".join(f"<li>{html.escape(visible(f'{stage}: {why}'))}</li>" for stage, why in left_out.items()) + "</ul>"
     yield "Manifest", "Parameters, inputs, outputs and hashes of every stage.", f"<details><summary>show</summary><pre>{html.escape(json.dumps(record, indent=1))}</pre></details>"
 
 
 def write_report(results: Path, profile: str) -> Path:
     "Write report.html from what is there."
-    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", INTRO.format(profile=profile_of(profile).name), report_sections(results, manifest(results, profile)))
+    p = profile_of(profile)
+    intro = (INTRO_OF_CHECKPOINTS if p.models else INTRO).format(profile=p.name)
+    page = report_html("Discriminative fine-tuning of LVLMs, reproduced", intro, report_sections(results, manifest(results, profile), stages_left_out(profile)))
     return write_text(results / "report.html", page)

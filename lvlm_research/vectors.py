@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from PIL import Image
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import InputError, check_space, clear_parts, find_model, no_room, read_object, write_beside, write_text
+from .config import InputError, check_space, clear_parts, find_model, needs, no_room, read_object, write_beside, write_text
 from .datasets import only_split
 from .embedder import Encodes, Picture, ahead, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
@@ -478,8 +477,8 @@ def search(
     engine: str = "torch",  # exact; faiss: approximate, from a graph that is kept beside the vectors
 ) -> pd.DataFrame:
     "The best rows for every query: query, rank, score, id, kind, caption, text; InputError if the index is of another model."
-    if engine == "faiss" and find_spec("faiss") is None:
-        raise InputError("faiss is not installed: pip install 'lvlm-research[search]' (worth it for millions of rows that are searched often), or leave --engine out")
+    if engine == "faiss":
+        needs("faiss", "search", " (worth it for millions of rows that are searched often), or leave --engine out")
     pictures, vectors = [_is_picture(query) for query in queries], Vectors(index)
     card, folder = vectors.card, model or vectors.card["model"]
     kind = kind or ("image" if card["images"] else "text")

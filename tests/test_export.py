@@ -2,10 +2,8 @@
 import json
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -18,6 +16,7 @@ from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.export import plain_embeddings, without_torchvision
 from lvlm_research.mteb_model import MtebEncoder
+from lvlm_research.properties import moved, noise_pictures
 from lvlm_research.training import VARIANTS, prepare
 from lvlm_research.zoo import MICRO_FAMILIES, micro_family
 
@@ -28,18 +27,7 @@ tokenizer = cache(world_tokenizer)
 
 @pytest.fixture(scope="session")
 def pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(low, 256, shape, np.uint8)) for low, shape in ((0, (40, 40, 3)), (200, (40, 90, 3)), (100, (70, 30, 3)))]
-
-
-def moved(embedder: DiscriminativeLVLM) -> DiscriminativeLVLM:
-    "As after a training."
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in embedder.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return embedder.requires_grad_(False).eval()
+    return noise_pictures()
 
 
 def micro(name: str, folder, variant: str = "vladva") -> DiscriminativeLVLM:
@@ -234,9 +222,3 @@ def test_mteb_reads_a_dual_encoder_too(pictures):
     expected = encoder.embedder.encode_image([*pictures, pictures[0]])
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
     assert torch.allclose(encoder.similarity(found, found), expected @ expected.T, atol=1e-5)
-
-
-def test_without_mteb_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("lvlm_research.mteb_model.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'lvlm-research\[export\]'"):
-        MtebEncoder(str(CHECKPOINTS / "clip-micro"))

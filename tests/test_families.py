@@ -24,12 +24,9 @@ from lvlm_research.families import TESTED_FAMILIES
 from lvlm_research.fitting import fit
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.losses import info_nce
+from lvlm_research.properties import HOLDS, LONG, QUESTION, SHORT, broken, moved, noise_pictures, properties, step_trains_the_adapter_alone
 from lvlm_research.training import VARIANTS, Discriminative, prepare
 from lvlm_research.zoo import MICRO_FAMILIES, PIXELS, SQUARE, TEXT, VISION, micro_family
-
-SHORT = ["a red star", "a large blue ring left of a star", "two things"]
-LONG = ["there is a large red star at the top left.", "nothing", "a ring, a cross and a star, and much more in the picture"]
-QUESTION = "what is at the top left?"
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def pictures():
-    "Three shapes, so that tiles, grids and sub-pictures differ in number."
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(low, 256, shape, np.uint8)) for low, shape in ((0, (40, 40, 3)), (200, (40, 90, 3)), (100, (70, 30, 3)))]
+    return noise_pictures()
 
 
 def save_micro(name: str, tokenizer, folder):
@@ -65,13 +60,7 @@ def base(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     "Soft prompts and LoRA that are not at their starting point."
-    adapted = prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapted.eval()
+    return moved(prepare(DiscriminativeLVLM.from_pretrained(folder), VARIANTS["vladva"]))
 
 
 def test_embedding_ignores_captions_batch_mates_and_padding_side(trained, pictures):
@@ -307,3 +296,22 @@ def test_doctor_on_the_command_line(tmp_path, capsys):
         assert main(["doctor", str(tmp_path), "--batch", batch]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "ovis2"])
+def test_the_six_properties_of_the_table(name, tokenizer, tmp_path):
+    row = properties(save_micro(name, tokenizer, tmp_path))
+    assert list(row) == list(HOLDS) == ["encode", "padding", "train step", "save and load", "adapter off", "export"]
+    assert broken(row) == (["export"] if name == "ovis2" else [])  # which is refused
+
+
+def test_a_property_that_does_not_hold_is_named(tokenizer, tmp_path, monkeypatch):
+    save_micro("paligemma", tokenizer, tmp_path)
+    monkeypatch.setattr(backbones, "PREFIX_ATTENTION", ())  # a caption after the prompt is now seen by it
+    assert "padding" in broken(properties(tmp_path))
+
+
+def test_a_step_that_moves_the_base_is_seen(tokenizer, tmp_path):
+    lvlm = prepare(DiscriminativeLVLM.from_pretrained(save_micro("llava", tokenizer, tmp_path)), VARIANTS["vladva"])
+    next(p for name, p in lvlm.named_parameters() if name.endswith("q_proj.base_layer.weight")).requires_grad_(True)
+    assert not step_trains_the_adapter_alone(lvlm)
