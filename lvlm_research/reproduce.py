@@ -113,6 +113,8 @@ def model_files(row: str) -> tuple[str, ...]:
 # %% ../nbs/15_reproduce.ipynb #133c8eec
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
+    alone = 0 if from_scratch else 1  # a checkpoint that is only copied need not wait for all cores
+
     def committed(row: str) -> tuple[str, ...]:
         "Of the repository, what is copied; the notebook measures facts and probe anew."
         files = () if from_scratch else (Path(f) for f in written_files(row) if not f.endswith(("facts.json", "probe.csv")))
@@ -125,12 +127,12 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
                      priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
 
     return [
-        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=0, priority=priority) for m, priority in (("clip", 9), ("clip-large", 2))),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("zero-shot"), gpu=True, threads=0, priority=9),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=alone, priority=priority) for m, priority in (("clip", 9), ("clip-large", 2))),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("zero-shot"), gpu=True, threads=alone, priority=9),
         Stage("prompts", "40_prompt_study", {}, model_files("zero-shot"), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
         *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, model_files("clip"), written_files(m), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
         *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, () if "backbone" in parameters else model_files("clip"), written_files(f"zero-shot-{b}"),
-                committed(f"zero-shot-{b}"), gpu=True, threads=0, priority=7) for b, parameters in BACKBONES.items()),  # another family than LLaVA has a tower of its own
+                committed(f"zero-shot-{b}"), gpu=True, threads=alone, priority=7) for b, parameters in BACKBONES.items()),  # another family than LLaVA has a tower of its own
         *(train(v) for v in TRAINED),
         *(train("vladva", b) for b in BACKBONES),
         train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
