@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, adapter_config, loading
+from .feature_cache import kept_features
 from .fitting import FitModule, fit, is_first
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
@@ -43,6 +45,7 @@ class FineTuning:
     steps: int = 1000
     batch: int = 32  # pairs in a step, of all processes together
     cache_rows: int = 0  # rows whose graph is in memory at a time (notebook 08a): a large batch in the memory of a small one; 0: all
+    feature_cache: str = ""  # folder that keeps image tokens, so that the tower sees a picture once (notebook 08b); empty: none are kept
     lr: float = 1e-4  # the paper's, for a model of 7 B; micro models want 4e-3
     dropout: float = 0.05  # of LoRA
     image_prompt: str = SUMMARY.image
@@ -52,7 +55,7 @@ class FineTuning:
     keep_seconds: float = 120.0  # between two writes of the state that a killed training goes on from
 
 
-REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output")
+REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output", "feature_cache")
 _CHOICES = {"variant": tuple(v for v, what in VARIANTS.items() if what != VARIANTS["zero-shot"] and not what.text_only), "precision": PRECISIONS}
 _MAY_BE_ZERO = ("seed", "dropout", "cache_rows")
 
@@ -156,7 +159,9 @@ def fine_tune(config: FineTuning, progress: bool = False) -> FitModule:
     draw, report = batches(config, module.embedder)
     if is_first():
         print(*filter(None, (report, summary(config, module))), sep="\n")
-    fit(module, draw, config.steps, config.precision, progress, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
+    embedder = module.embedder
+    with kept_features(config.feature_cache, embedder.model, embedder.templates.processor) if config.feature_cache else nullcontext():
+        fit(module, draw, config.steps, config.precision, progress, keep=output / UNFINISHED / "state.ckpt", every=config.keep_seconds)
     if is_first():
         save_trained(config, module)
         shutil.rmtree(output / UNFINISHED)
