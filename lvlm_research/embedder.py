@@ -578,7 +578,7 @@ def prepared(self, items: list, modality: str) -> Sequences:
     return (self.templates.image if modality == "image" else self.templates.text)(items).to(self.device)
 
 
-KEPT_FROM = 64  # items of a list; for fewer, keeping costs more than it saves
+KEPT_FROM = 16  # items of a list; for fewer, keeping costs more than it saves
 
 
 @method_of(DiscriminativeLVLM)

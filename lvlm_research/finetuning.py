@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,7 @@ from .config import PRECISIONS, InputError, find_model, find_root, read_object, 
 from .costs import CostMeter, cost_line, save_cost
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, base_of, loading
+from .feature_cache import kept_features
 from .fitting import FitModule, fit, is_first, started_together
 from .formats import CAPTION_FIELDS, DataReport, data_report, read_records, record_pairs
 from .prompts import SUMMARY, Prompt
@@ -47,6 +49,7 @@ class FineTuning:
     steps: int = 1000
     batch: int = 32  # pairs in a step, of all processes together
     cache_rows: int = 0  # rows whose graph is in memory at a time (notebook 08a): a large batch in the memory of a small one; 0: all
+    feature_cache: str = ""  # folder that keeps image tokens, so that the tower sees a picture once (notebook 08b); empty: none are kept
     lr: float = 1e-4  # the paper's, for a model of 7 B; micro models want 4e-3
     dropout: float = 0.05  # of LoRA
     image_prompt: str = SUMMARY.image
@@ -57,7 +60,7 @@ class FineTuning:
     keep_seconds: float = 120.0  # between two writes of the state that a killed training goes on from
 
 
-REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output")
+REQUIRED, FOLDERS = ("model", "data", "output"), ("data", "images", "output", "feature_cache")
 _CHOICES = {"variant": tuple(v for v, what in VARIANTS.items() if what != VARIANTS["zero-shot"] and not what.text_only), "precision": PRECISIONS, "strategy": ("ddp", "fsdp")}
 _MAY_BE_ZERO = ("seed", "dropout", "cache_rows")
 
@@ -207,8 +210,9 @@ def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Call
     need, free = _memory(config, module, draw)
     if is_first() and need and (line := too_large(need, free, config.cache_rows)):
         print(line)
-    meter, layers = CostMeter(), _layers(config, module)
-    with naming_what_fits(need, free, config.cache_rows):
+    embedder, meter, layers = module.embedder, CostMeter(), _layers(config, module)
+    kept = kept_features(config.feature_cache, embedder.model, embedder.templates.processor) if config.feature_cache else nullcontext()
+    with kept, naming_what_fits(need, free, config.cache_rows):
         fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers)
     if is_first():
         module = _whole(config, module) if layers else module

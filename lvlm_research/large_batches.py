@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .config import InputError
 
 # %% auto #0
-__all__ = ['cached_loss', 'processes', 'own_share', 'everyones', 'total', 'remembered']
+__all__ = ['cached_loss', 'processes', 'own_share', 'everyones', 'total', 'instead_of_tower', 'remembered']
 
 # %% ../nbs/08a_large_batches.ipynb #10d51dbc
 def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -106,13 +106,28 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/08a_large_batches.ipynb #9c37719a
 @contextmanager
+def instead_of_tower(
+    model: PreTrainedModel,
+    get_image_features: Callable,  # of the arguments, and with the result, of the model's own
+) -> Iterator[None]:
+    "Inside, the model gets its image features from this function."
+    inner, before = model.model, vars(model.model).get("get_image_features")
+    inner.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+        if before is not None:
+            inner.get_image_features = before
+
+
+@contextmanager
 def remembered(
     model: PreTrainedModel,
     features: list,  # filled if empty, else emptied
 ) -> Iterator[None]:
     "Inside, image features of the frozen tower are taken from the list, or added to it."
-    inner, known = model.model, bool(features)
-    made = inner.get_image_features
+    known, made = bool(features), model.model.get_image_features
 
     def get_image_features(*args, **kwargs):
         if known:
@@ -120,8 +135,5 @@ def remembered(
         features.append(made(*args, **kwargs))
         return features[-1]
 
-    inner.get_image_features = get_image_features
-    try:
+    with instead_of_tower(model, get_image_features):
         yield
-    finally:
-        del inner.get_image_features

@@ -121,7 +121,7 @@ def lvlm(request):
 
 @pytest.fixture(scope="module")
 def inputs():
-    pairs = made_pairs(KEPT_FROM + 6)
+    pairs = made_pairs(70)
     return [p.short for p in pairs], [p.image for p in pairs]
 
 
@@ -129,6 +129,7 @@ def inputs():
 def expected(lvlm, inputs):
     "A few at a time, so that nothing is kept, and with no lever."
     texts, pictures = inputs
+    assert 10 < KEPT_FROM < len(texts)
     lvlm.levers = PLAIN
     found = [torch.cat([encode(items[s : s + 10]) for s in range(0, len(items), 10)]) for encode, items in ((lvlm.encode_text, texts), (lvlm.encode_image, pictures))]
     lvlm.levers = type(PLAIN)()
