@@ -86,6 +86,7 @@ def model_folder(row: str) -> str:
 _DUAL = ("card.json", "chat_template.jinja", "config.json", "curves.csv", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 _LVLM = (*_DUAL, "facts.json", "generation_config.json")
 _ADAPTER = ("card.json", "curves.csv", "discriminative.json")
+_MEASURED = ("curves.csv", "facts.json", "probe.csv")  # what is told of a model
 _LORA, _SOFT = ("adapter_config.json", "adapter_model.safetensors"), ("soft_prompts.safetensors",)
 
 
@@ -108,7 +109,7 @@ def model_files(row: str) -> tuple[str, ...]:
     "What has to be there to load the model of a row: its own files, and those of the base that an adapter stands on."
     variant, _, backbone = model_folder(row).partition("-")
     base = written_files(f"zero-shot-{backbone}" if backbone else "zero-shot") if variant in (*TRAINED, "long") else ()
-    return (*base, *written_files(row))
+    return tuple(f for f in (*base, *written_files(row)) if not f.endswith(_MEASURED))
 
 # %% ../nbs/15_reproduce.ipynb #133c8eec
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
@@ -601,7 +602,8 @@ def run_graph(
 
 def _say_killed(graph: list[Stage], folder: Path) -> list[str]:
     "Names of the stages that were killed; their failure files, which the scheduler made and nobody could fill, say so too."
-    killed = [stage for stage in graph if (folder / failure_file(stage.name)).is_file() and not (folder / failure_file(stage.name)).stat().st_size]
+    empty = lambda file: file.is_file() and not file.stat().st_size  # as Snakemake leaves it for a finished stage too
+    killed = [stage for stage in graph if empty(folder / failure_file(stage.name)) and not (folder / status_file(stage.name)).is_file()]
     for stage in killed:
         write_text(folder / failure_file(stage.name), json.dumps(_entry(stage) | {"state": "failed", "error": "the process of the stage was killed", "seconds": 0.0}, indent=1) + "\n")
     return [stage.name for stage in killed]

@@ -156,7 +156,7 @@ def test_a_full_disk_is_noticed_before_a_run(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert main(["update", "--profile", "smoke", "--results", str(tmp_path / "results")]) == 2
-    assert "0 MB are free, a run of profile smoke needs about 200" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert "0 MB are free, a run of profile smoke needs about 400" in capsys.readouterr().err and not (tmp_path / "results").exists()
     with pytest.raises(InputError, match="the state of this training needs"):
         fit(Big(), numbers, 3, keep=tmp_path / "state.ckpt")
 
