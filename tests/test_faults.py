@@ -76,6 +76,7 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, damage):
     for folder in ("whole", "killed"):  # what earlier stages write
         results = results_folder(str(profile), str(tmp_path / folder))
         shutil.copytree(CHECKPOINTS / "llava-micro", results / "models/base")
+        shutil.copy(ROOT / "data/reference/cpu/models/base/facts.json", results / "models/base")
         shutil.copytree(ROOT / "data/reference/cpu/prompts", results / "prompts")
     assert run(*stage("whole")).returncode == 0
     with subprocess.Popen([sys.executable, "-m", "lvlm_research.cli", *stage("killed")], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
