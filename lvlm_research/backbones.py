@@ -210,6 +210,8 @@ def positions(
     if vision and hasattr(model.model, "get_rope_index"):
         is_image = (input_ids == model.config.image_token_id).int()
         return model.model.get_rope_index(input_ids, mm_token_type_ids=is_image, attention_mask=attention_mask, **vision)[0]
+    if bool(attention_mask[:, 0].all()):  # padding on the right counts on: positions that stand still would be taken for packed sequences, which need a mask
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 

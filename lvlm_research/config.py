@@ -52,7 +52,7 @@ class Profile:
     pretrain_steps: int = 6000  # generative pre-training of the LVLM
     pretrain_batch: int = 24
     pretrain_lr: float = 2e-3
-    train_steps: int = 640  # discriminative fine-tuning, per variant; also of NegCLIP, and of the CLIP at equal pairs
+    train_steps: int = 512  # discriminative fine-tuning, per variant; also of NegCLIP, and of the CLIP at equal pairs
     train_batch: int = 32
     learning_rate: float = 4e-3  # of every variant; notebook paper/21 compares rates on validation scenes
     retrieval_images: int = 1000

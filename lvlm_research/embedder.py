@@ -41,11 +41,11 @@ from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 # %% auto #0
 __all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM', 'CONFIG_NAME',
            'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'open_image', 'name_of', 'opened', 'ahead',
-           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FoldedLinear', 'fold_small_layers',
-           'folded', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out',
-           'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate',
-           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'adapter_config',
-           'lora_config', 'loading', 'from_pretrained']
+           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'LeanLora', 'make_lora_lean', 'folded',
+           'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out', 'embed',
+           'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter',
+           'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'adapter_config', 'lora_config',
+           'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -397,30 +397,59 @@ def _words(texts: list) -> list[str]:
     return texts
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
+class _LoraProduct(torch.autograd.Function):
+    "`x W' + bias + scale (x A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; all of one dtype."
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        rows, thin = x.flatten(0, -2), None
+        ctx.scale, ctx.summed = scale, x.dtype == torch.float32 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
+        if ctx.summed:
+            found = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
+        else:
+            thin = rows @ a.T
+            found = F.linear(rows, weight, bias).addmm_(thin, b.T, alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, thin)
+        return found.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight, a, b, thin = ctx.saved_tensors
+        rows, gradient, to_x = x.flatten(0, -2), gradient.flatten(0, -2), None
+        through_b = (gradient @ b).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else (gradient @ weight).addmm_(through_b, a)
+            to_x = to_x.unflatten(0, x.shape[:-1])
+        thin = rows @ a.T if thin is None else thin
+        return to_x, None, None, through_b.T @ rows, (gradient.T @ thin).mul_(ctx.scale), None
+
+
+class LeanLora(LoraLinear):
+    "A LoRA layer of peft that computes as one operation; with dropout, several adapters, mixed precision or a weight that learns it is peft's own."
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        base, names = self.get_base_layer(), self.active_adapters
+        if not (self.disable_adapters or self.merged or args or kwargs or len(names) != 1 or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type)):
+            a, b, scale = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
+            if isinstance(self.lora_dropout[names[0]], nn.Identity) and x.dtype == base.weight.dtype == a.dtype == b.dtype and x.ndim > 1:
+                return _LoraProduct.apply(x, base.weight, base.bias, a, b, scale)
+        return super().forward(x, *args, **kwargs)
+
+
+def make_lora_lean(model: nn.Module) -> None:
+    "Let peft's plain LoRA layers compute as `LeanLora`."
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = LeanLora
+
+# %% ../nbs/06_embedder.ipynb #71d92cf8
+FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
+
+
 def _with_update(layer: LoraLinear) -> torch.Tensor:
     "The weight of a LoRA layer with its update added."
     weight = layer.get_base_layer().weight
     return weight + sum(layer.get_delta_weight(n) for n in layer.active_adapters).to(weight.dtype)
-
-
-class FoldedLinear(LoraLinear):
-    "A LoRA layer of peft that adds the update to the weight first; with dropout, or switched off, it is peft's."
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        names = self.active_adapters
-        if self.disable_adapters or self.merged or args or kwargs or not all(isinstance(self.lora_dropout[n], nn.Identity) for n in names):
-            return super().forward(x, *args, **kwargs)
-        return F.linear(x, _with_update(self), self.get_base_layer().bias)
-
-
-def fold_small_layers(model: nn.Module, entries: int = 2**18) -> None:
-    "Fold peft's plain LoRA layers whose weight has at most so many entries."
-    for module in model.modules():
-        if type(module) is LoraLinear and module.get_base_layer().weight.numel() <= entries:
-            module.__class__ = FoldedLinear
-
-# %% ../nbs/06_embedder.ipynb #71d92cf8
-FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
 
 
 @contextmanager
@@ -481,7 +510,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
         "LoRA on every linear layer of the language model (rank and alpha as in the paper, which does not say whether it used dropout)."
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
-        fold_small_layers(self.model)
+        make_lora_lean(self.model)
         return self
 
 # %% ../nbs/06_embedder.ipynb #65be797e
@@ -782,7 +811,7 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
         try:
             inject_adapter_in_model(self.lora, self.model)
-            fold_small_layers(self.model)
+            make_lora_lean(self.model)
             loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
         except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
             raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None
