@@ -29,6 +29,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
 
 from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
@@ -41,7 +42,7 @@ from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 # %% auto #0
 __all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM', 'CONFIG_NAME',
            'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'open_image', 'name_of', 'opened', 'ahead',
-           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'LeanLora', 'make_lora_lean', 'folded',
+           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FusedLora', 'fuse_lora', 'folded',
            'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out', 'embed',
            'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter',
            'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'adapter_config', 'lora_config',
@@ -413,34 +414,50 @@ class _LoraProduct(torch.autograd.Function):
         return found.unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         x, weight, a, b, thin = ctx.saved_tensors
-        rows, gradient, to_x = x.flatten(0, -2), gradient.flatten(0, -2), None
-        through_b = (gradient @ b).mul_(ctx.scale)
-        if ctx.needs_input_grad[0]:
-            to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else (gradient @ weight).addmm_(through_b, a)
-            to_x = to_x.unflatten(0, x.shape[:-1])
-        thin = rows @ a.T if thin is None else thin
-        return to_x, None, None, through_b.T @ rows, (gradient.T @ thin).mul_(ctx.scale), None
+        rows, to_x, to_a, to_b = x.flatten(0, -2), None, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            gradient = gradient.flatten(0, -2)
+            through_b = (gradient @ b).mul_(ctx.scale)
+            if ctx.needs_input_grad[0]:
+                to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else (gradient @ weight).addmm_(through_b, a)
+                to_x = to_x.unflatten(0, x.shape[:-1])
+            if ctx.needs_input_grad[3]:
+                to_a = through_b.T @ rows
+            if ctx.needs_input_grad[4]:
+                to_b = (gradient.T @ (rows @ a.T if thin is None else thin)).mul_(ctx.scale)
+        return to_x, None, None, to_a, to_b, None
 
 
-class LeanLora(LoraLinear):
-    "A LoRA layer of peft that computes as one operation; with dropout, several adapters, mixed precision or a weight that learns it is peft's own."
+class FusedLora(LoraLinear):
+    "A LoRA layer of peft that computes as one operation where it is plain LoRA on a frozen linear layer, without dropout and autocast; elsewhere it is peft's own."
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        base, names = self.get_base_layer(), self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or x.ndim < 2:
+            return False
+        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or any(p.requires_grad for p in base.parameters()):
+            return False
+        if names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None or not isinstance(self.lora_dropout[names[0]], nn.Identity):
+            return False
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return not autocast and x.dtype == base.weight.dtype == self.lora_A[names[0]].weight.dtype == self.lora_B[names[0]].weight.dtype
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        base, names = self.get_base_layer(), self.active_adapters
-        if not (self.disable_adapters or self.merged or args or kwargs or len(names) != 1 or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type)):
-            a, b, scale = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
-            if isinstance(self.lora_dropout[names[0]], nn.Identity) and x.dtype == base.weight.dtype == a.dtype == b.dtype and x.ndim > 1:
-                return _LoraProduct.apply(x, base.weight, base.bias, a, b, scale)
-        return super().forward(x, *args, **kwargs)
+        if args or kwargs or not self._is_plain(x):
+            return super().forward(x, *args, **kwargs)
+        base, name = self.get_base_layer(), self.active_adapters[0]
+        return _LoraProduct.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
 
 
-def make_lora_lean(model: nn.Module) -> None:
-    "Let peft's plain LoRA layers compute as `LeanLora`."
+def fuse_lora(model: nn.Module) -> None:
+    "Let peft's plain LoRA layers compute as `FusedLora`."
     for module in model.modules():
         if type(module) is LoraLinear:
-            module.__class__ = LeanLora
+            module.__class__ = FusedLora
 
 # %% ../nbs/06_embedder.ipynb #71d92cf8
 FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
@@ -454,8 +471,8 @@ def _with_update(layer: LoraLinear) -> torch.Tensor:
 
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    "Inside, LoRA layers compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not (m.training or m.merged or m.disable_adapters)]
+    "Inside, LoRA layers in full precision compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not (m.training or m.merged or m.disable_adapters) and m.get_base_layer().weight.dtype == torch.float32]
     if sum(layer.get_base_layer().weight.nbytes for layer in layers) > FOLDED_BYTES:
         layers = []
     for layer in layers:
@@ -510,7 +527,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
         "LoRA on every linear layer of the language model (rank and alpha as in the paper, which does not say whether it used dropout)."
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
-        make_lora_lean(self.model)
+        fuse_lora(self.model)
         return self
 
 # %% ../nbs/06_embedder.ipynb #65be797e
@@ -811,7 +828,7 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
         try:
             inject_adapter_in_model(self.lora, self.model)
-            make_lora_lean(self.model)
+            fuse_lora(self.model)
             loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
         except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
             raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None

@@ -33,7 +33,7 @@ from transformers.utils import logging as hf_logging
 
 from .backbones import Qwen2VLPictureProcessor, quiet_loading, token_types
 from .datasets import JointBatch, Pair, joint_batches
-from .embedder import DiscriminativeLVLM, LeanLora, Sequences
+from .embedder import DiscriminativeLVLM, FusedLora, Sequences
 from .export import without_torchvision
 from .levers import PLAIN, Levers
 from .losses import info_nce
@@ -270,7 +270,7 @@ def joint(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor]
     lvlm = as_if_in_training(proportioned(family).train())
     if arm in RIVALS:
         for module in lvlm.modules():
-            if isinstance(module, LeanLora):
+            if isinstance(module, FusedLora):
                 module.__class__ = LoraLinear
     lvlm.levers = OURS.get(arm, PLAIN)
     temperature = torch.nn.Parameter(torch.tensor(10.0))
