@@ -32,8 +32,8 @@ __all__ = ['parts_of', 'FlopsByPart', 'matmul_peak', 'peak_memory', 'CostMeter',
 _ON_CPU, _ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 if _ON_CPU not in flop_registry:
     register_flop_formula(_ON_CPU)(lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value))
-    flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]
     register_flop_formula(_ON_CPU_BACKWARD)(lambda gradient, query, key, value, *args, **kwargs: sdpa_backward_flop_count(gradient, query, key, value))
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])  # in place, as LoRA adds its thin product
 
 
 def parts_of(model: PreTrainedModel) -> dict[str, list[nn.Module]]:

@@ -431,23 +431,28 @@ class _LoraProduct(torch.autograd.Function):
         return to_x, None, None, to_a, to_b, None
 
 
-class FusedLora(LoraLinear):
-    "A LoRA layer of peft that computes as one operation where it is plain LoRA on a frozen linear layer, without dropout and autocast; elsewhere it is peft's own."
+def _is_plain(layer: LoraLinear) -> bool:
+    "Whether a layer is a frozen linear layer with one LoRA adapter and nothing else: no DoRA, no bias of its own, no hook."
+    base, names = layer.get_base_layer(), layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
+        return False
+    if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or any(p.requires_grad for p in base.parameters()):
+        return False
+    return names[0] not in layer.lora_variant and layer.lora_B[names[0]].bias is None
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        base, names = self.get_base_layer(), self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or x.ndim < 2:
-            return False
-        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or any(p.requires_grad for p in base.parameters()):
-            return False
-        if names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None or not isinstance(self.lora_dropout[names[0]], nn.Identity):
-            return False
+
+class FusedLora(LoraLinear):
+    "A LoRA layer of peft that computes as one operation where it is plain LoRA, without dropout and autocast; elsewhere it is peft's own."
+
+    def _fuses(self, x: torch.Tensor) -> bool:
         kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return not autocast and x.dtype == base.weight.dtype == self.lora_A[names[0]].weight.dtype == self.lora_B[names[0]].weight.dtype
+        if x.ndim < 2 or not _is_plain(self) or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return False
+        name = self.active_adapters[0]
+        return isinstance(self.lora_dropout[name], nn.Identity) and x.dtype == self.get_base_layer().weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if args or kwargs or not self._is_plain(x):
+        if args or kwargs or not self._fuses(x):
             return super().forward(x, *args, **kwargs)
         base, name = self.get_base_layer(), self.active_adapters[0]
         return _LoraProduct.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
@@ -466,13 +471,13 @@ FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is e
 def _with_update(layer: LoraLinear) -> torch.Tensor:
     "The weight of a LoRA layer with its update added."
     weight = layer.get_base_layer().weight
-    return weight + sum(layer.get_delta_weight(n) for n in layer.active_adapters).to(weight.dtype)
+    return weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight.dtype)
 
 
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    "Inside, LoRA layers in full precision compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not (m.training or m.merged or m.disable_adapters) and m.get_base_layer().weight.dtype == torch.float32]
+    "Inside, plain LoRA layers in full precision compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.training and _is_plain(m) and m.get_base_layer().weight.dtype == torch.float32]
     if sum(layer.get_base_layer().weight.nbytes for layer in layers) > FOLDED_BYTES:
         layers = []
     for layer in layers:
