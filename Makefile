@@ -2,6 +2,8 @@
 PROFILE ?= cpu
 FROM_SCRATCH ?=
 PYTHON ?= python3
+# of the tests, one core each
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 BIN := .venv/bin
 STAMP := .venv/.finished
 
@@ -25,8 +27,8 @@ update: setup  ## rerun only what changed
 	$(BIN)/lvlm-research update --profile $(PROFILE)
 
 test: setup  ## everything CI runs: notebooks top to bottom, then the tests
-	$(BIN)/nbdev_test --n_workers 1
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 LVLM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 LVLM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 reference: setup  ## make the finished run of PROFILE the committed reference, with the outputs of the notebooks and the table of the README
 	$(BIN)/lvlm-research reference --profile $(PROFILE)

@@ -427,7 +427,7 @@ class _LoraProduct(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 to_a = through_b.T @ rows
             if ctx.needs_input_grad[4]:
-                to_b = (gradient.T @ (rows @ a.T if thin is None else thin)).mul_(ctx.scale)
+                to_b = ((rows @ a.T if thin is None else thin).T @ gradient).mul_(ctx.scale).T  # a product with few rows is faster than one with few columns
         return to_x, None, None, to_a, to_b, None
 
 

@@ -11,6 +11,11 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "The batch first: it takes longest, and where several workers share the files the others run beside it."
+    items.sort(key=lambda item: item.path.stem != "test_reproduce")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     folder = os.environ.get("LVLM_REAL_DATA")
