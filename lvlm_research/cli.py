@@ -112,6 +112,8 @@ def _parameter(text: str) -> tuple[str, object]:
 def run_evaluate(args: argparse.Namespace) -> None:
     "Score a model on a folder with captions.jsonl or on a public benchmark; or, from texts alone, the blind rules of a benchmark."
     _check_evaluate(args)
+    import torch
+
     from lvlm_research.evaluation import evaluate, evaluate_text_only, load_embedder
     from lvlm_research.public_benchmarks import TASKS
 
@@ -123,9 +125,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
         rows, notes = evaluate_text_only(args.task, args.data), [task.rules_note]
     else:
         suite = _suite(args)
+        if not args.model:
+            raise InputError("no model: give its folder with --model")
         with warnings.catch_warnings(record=True) as caught:  # of pictures left out, or of embeddings that are all alike
             warnings.simplefilter("default", UserWarning)
-            rows = evaluate(load_embedder(args.model), suite, progress=sys.stderr.isatty(), model=Path(args.model).name, data=Path(args.data).name)
+            rows = evaluate(load_embedder(args.model, dtype=getattr(torch, args.precision)), suite, progress=sys.stderr.isatty(), model=Path(args.model).name, data=Path(args.data).name)
         notes = [task.note] if task else []
         notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
         if rows.ci_low.le(rows.chance).mean() > 0.5:
@@ -149,8 +153,6 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise InputError("--images and --text-only are for a public benchmark: name it with --task")
     if public and (args.label or args.split):
         raise InputError(f"--label and --split are for a folder with captions.jsonl: leave them out with --task {args.task}")
-    if not args.text_only and not args.model:
-        raise InputError("no model: give its folder with --model")
     if public and not args.text_only and not args.images:
         raise InputError("no pictures: give their folder with --images, or --text-only for the blind rules")
 
@@ -192,7 +194,7 @@ def run_embed(args: argparse.Namespace) -> None:
     set_threads()
     given = {"fields": args.fields.split(",")} if args.fields else {}
     prompt = read_prompts(args.prompt)[0] if args.prompt else None
-    card = embed_data(args.model, args.data, args.out, args.kind, args.images, split=args.split, prompt=prompt, dtype=args.dtype, truncate_dim=args.dim,
+    card = embed_data(args.model, args.data, args.out, args.kind, args.images, split=args.split, prompt=prompt, precision=args.precision, dtype=args.dtype, truncate_dim=args.dim,
                       batch_size=args.batch, shard=args.shard, skip_broken=args.skip_broken, progress=sys.stderr.isatty(), **given)
     left = f"; {card['left_out']:,} left out" if card["left_out"] else ""
     print(f"{card['images']:,} pictures, {card['texts']:,} captions, {card['dimensions']} dimensions -> {args.out}{left}")
@@ -307,6 +309,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", default="folder", help=f"folder (the default), or a public benchmark: {public}")
     sub.add_argument("--images", default="", help="folder of the pictures of a public benchmark")
     sub.add_argument("--text-only", action="store_true", help="the blind rules of a public benchmark: neither a model nor pictures are needed")
+    _precision(sub)
     sub.add_argument("--label", default="", help="field of captions.jsonl to classify by")
     sub.add_argument("--split", default="", help="only records whose field 'split' has this value")
     sub.add_argument("--out", default="", help="also write the rows as CSV")
@@ -319,7 +322,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--fields", default="", help="names of caption fields, separated by commas (default: the usual ones)")
     sub.add_argument("--split", default="", help="only records whose field 'split' has this value")
     sub.add_argument("--prompt", default="", metavar="FILE", help='JSON with a pair of prompts for a plain LVLM: [{"image": ..., "text": ...}]')
-    sub.add_argument("--dtype", default="float32", choices=("float32", "float16"))
+    _precision(sub)
+    sub.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="that vectors are kept in")
     sub.add_argument("--dim", type=_positive, help="keep the first so many dimensions")
     sub.add_argument("--batch", type=_positive, default=64, help="pictures or captions at a time")
     sub.add_argument("--shard", type=_positive, default=1000, help="records in a shard: what a kill costs at most")
@@ -351,6 +355,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _precision(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"), help="that the model computes in: bfloat16 takes half the memory")
 
 
 def _model_and_data(sub: argparse.ArgumentParser, help: str, model_required: bool = True) -> None:

@@ -132,12 +132,13 @@ class CostMeter(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         self.ended = time.perf_counter()
         if not self.began:
-            self.began = self.ended
+            self.began, self.pairs = self.ended, -module.pairs_seen  # those of the first step are not timed
             return
-        self.steps, self.tokens, self.pairs = self.steps + 1, self.tokens + self.now, self.pairs + module.history[-1].get("pairs", 0)
+        self.steps, self.tokens = self.steps + 1, self.tokens + self.now
 
     def on_train_end(self, trainer, module) -> None:
         "Every process adds its tokens and operations."
+        self.pairs += module.pairs_seen
         values = [self.tokens, self.counted_tokens, *self.flops.values()]
         self.tokens, self.counted_tokens, *flops = total(torch.tensor(values, dtype=torch.float32, device=module.device)).tolist()
         self.flops, self.peak, self.processes = dict(zip(self.flops, flops)), peak_memory(self.device), processes()

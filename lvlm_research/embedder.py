@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,22 +32,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
 from .config import InputError, available_cores, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
-from .levers import Levers, common_prefix, lean_states, length_groups
+from .levers import Levers, common_prefix, keeps_tokens, lean_states, length_groups
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
 __all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM', 'CONFIG_NAME',
-           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'Templates', 'open_image', 'name_of', 'opened', 'ahead',
-           'in_threads', 'in_batches', 'distinct', 'shortened', 'Encodes', 'FusedLora', 'fuse_lora', 'folded',
-           'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out', 'embed',
-           'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter',
-           'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'adapter_config', 'lora_config',
-           'loading', 'from_pretrained']
+           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image', 'name_of',
+           'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct', 'shortened',
+           'Encodes', 'FusedLora', 'fuse_lora', 'folded', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward',
+           'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding',
+           'count_cut', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of',
+           'save_pretrained', 'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -113,12 +115,19 @@ def collate(
     return Sequences(pad(rows, pad_id, side), mask, last, labels, vision)
 
 # %% ../nbs/06_embedder.ipynb #6fdc1fec
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    "Matches what a tokenizer takes for one of its special tokens, wherever it stands."
+    names = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and len(str(token)) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
 class Templates:
     "Token ids around the content, for one processor and one pair of prompts."
 
     def __init__(self, processor, prompt: Prompt, context: int = 2**31):  # context: tokens that the model reads
         self.processor, self.tokenizer, self.prompt, self.context = processor, processor.tokenizer, prompt, context
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.special = special_tokens(self.tokenizer)
         image, text = [{"type": "image"}, {"type": "text", "text": prompt.question("image")}], f"\0{prompt.question('text')}"
         if PROMPT_TOKEN.format("text", 0) in self.tokenizer.get_added_vocab():  # the template of an exported model writes its own prompts
             image, text = image[:1], "\0"
@@ -145,16 +154,20 @@ class Templates:
         "Token ids; the template brings its own special tokens, so none are added twice."
         return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
+    def plain(self, text: str) -> str:
+        "A caption or question without special tokens: `<image>` in it is written `< image>`, so that it is neither a picture nor the end of a turn."
+        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
     def text(self, texts: list[str], side: str = "right") -> Sequences:
         "Text sequences: caption, then the text prompt. A caption ends where the context has no more room; the prompt is always whole."
         room = self.context - len(self.spans["text"])
-        prompts = [ids[:room] + self.spans["text"] for ids in self._encode([self.text_prefix + t for t in texts])]
+        prompts = [ids[:room] + self.spans["text"] for ids in self._encode([self.text_prefix + self.plain(t) for t in texts])]
         return collate(prompts, [[]] * len(texts), self.tokenizer.pad_token_id, {}, side)
 
     def count_cut(self, texts: list[str]) -> int:
         "How many captions `text` has to cut; only those are tokenized that have bytes enough."
         room = self.context - len(self.spans["text"])
-        likely = [self.text_prefix + t for t in texts if len(t.encode()) > room // 2]
+        likely = [self.text_prefix + self.plain(t) for t in texts if len(t.encode()) > room // 2]
         return sum(len(ids) > room for ids in self._encode(likely)) if likely else 0
 
     def image(self, images: list, captions: list[str] | None = None, side: str = "right") -> Sequences:
@@ -174,7 +187,7 @@ class Templates:
     def continuation(self, caption: str) -> list[int]:
         "Token ids of an answer after the image prompt, end token included."
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids(self.opening + caption)[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
+        return ids(self.opening + self.plain(caption))[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
 
 # %% ../nbs/06_embedder.ipynb #7bb2fd28
 Picture = str | Path | bytes | Image.Image | np.ndarray  # a path, an undecoded file, a PIL image, or an array
@@ -186,6 +199,8 @@ def _as_seen(image: Image.Image) -> Image.Image:
     "Upright 8-bit RGB; ValueError if that is not defined."
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds limit of {Image.MAX_IMAGE_PIXELS} pixels")
+    if not min(image.size):
+        raise ValueError("it has no pixels")
     if max(image.size) > LARGEST_ASPECT * max(min(image.size), SMALLEST_SIDE):
         raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
     image = ImageOps.exif_transpose(image)
@@ -238,6 +253,11 @@ def name_of(picture: Picture, place: int) -> str:
     return str(picture) if isinstance(picture, (str, Path)) else f"picture {place}"
 
 
+def is_one_picture(images: Picture | Sequence[Picture]) -> bool:
+    "Is it one picture, and not a list or an array of several?"
+    return isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
+
+
 def opened(images: Iterable[Picture]) -> list[Image.Image]:
     "Pictures of a list, opened."
     return [open_image(image, name_of(image, place)) for place, image in enumerate(images)]
@@ -267,6 +287,12 @@ def in_threads(function: Callable, *items: Iterable) -> list:
         return list(threads.map(function, *items))
 
 
+def check_batch_size(batch_size: int) -> None:
+    "InputError if it is no positive whole number."
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}: give a positive whole number")
+
+
 def in_batches(
     items: list,
     batch_size: int,
@@ -276,6 +302,7 @@ def in_batches(
     prepare: Callable[[list], object] = list,  # a batch of items to what the model reads, in a thread
 ) -> torch.Tensor:
     "Encode a list in batches, longest first, and return `(N, D)` float32 on the CPU in the list's order."
+    check_batch_size(batch_size)
     if not items:
         raise InputError("nothing to embed: the list is empty")
     order = np.argsort([-length(i) for i in items], kind="stable") if length else np.arange(len(items))
@@ -299,8 +326,8 @@ def distinct(items: Iterable) -> tuple[list, np.ndarray]:
 
 def shortened(states: torch.Tensor, normalize: bool = True, truncate_dim: int | None = None) -> torch.Tensor:
     "The first `truncate_dim` components of `(B, D)` states (None for all), as unit vectors if asked for; InputError if there are not so many."
-    if truncate_dim is not None and not 1 <= truncate_dim <= states.shape[-1]:
-        raise InputError(f"truncate_dim is {truncate_dim}: give 1 to {states.shape[-1]}, the dimensions of this model")
+    if truncate_dim is not None and not (isinstance(truncate_dim, int) and 1 <= truncate_dim <= states.shape[-1]):
+        raise InputError(f"truncate_dim is {truncate_dim!r}: give 1 to {states.shape[-1]}, the dimensions of this model")
     return F.normalize(states[..., :truncate_dim], dim=-1) if normalize else states[..., :truncate_dim]
 
 
@@ -350,7 +377,8 @@ class Encodes:
     @torch.inference_mode()
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
-        alone = isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
+        alone = is_one_picture(images)
+        check_batch_size(batch_size)
         pictures, back = distinct([images] if alone else images)
         named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
         if not named:
@@ -395,6 +423,10 @@ def _words(texts: list) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"caption {index} is {'empty' if isinstance(text, str) else f'no text but {type(text).__name__}'}: leave it out, or say something")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"caption {index} holds half a character (a lone surrogate): correct it, or leave it out") from None
     return texts
 
 # %% ../nbs/06_embedder.ipynb #1d075d06
@@ -530,6 +562,8 @@ class DiscriminativeLVLM(Encodes, nn.Module):
 
     def add_lora(self, rank: int = 16, alpha: int = 16, dropout: float = 0.0) -> "DiscriminativeLVLM":
         "LoRA on every linear layer of the language model (rank and alpha as in the paper, which does not say whether it used dropout)."
+        if self.lora is not None:
+            raise InputError("this embedder has LoRA already; load the base again to begin anew")
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
         fuse_lora(self.model)
@@ -546,7 +580,7 @@ def forward(
     "Final-norm states `(B, T, D)` of a batch, right where they are read."
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
     sees_ahead = self.model.config.model_type in PREFIX_ATTENTION or batch.vision and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
-    share = rows is not None and self.levers.shared_prefix and not sees_ahead
+    share = rows is not None and self.levers.shared_prefix and not sees_ahead and keeps_tokens(self.model)
     price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row
     shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, price) if share else 0
     return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept)
@@ -656,16 +690,18 @@ def count_cut(self, texts: list[str]) -> int:
 @method_of(DiscriminativeLVLM)
 @torch.inference_mode()
 def tried(self) -> DiscriminativeLVLM:
-    "The embedder itself; InputError if its family is untested and the embedding depends on batch mates or on a caption that follows."
+    "The embedder itself; InputError if its family is untested and the embedding depends on batch mates, on a caption that follows, or on what a list keeps."
     family = self.model.config.model_type
     if family not in TESTED_FAMILIES:
         pictures = [np.full(shape, 200, np.uint8) for shape in ((64, 64, 3), (64, 160, 3))]
         try:
             alone = torch.cat([self.embed(self.templates.image([picture]).to(self.device), "image") for picture in pictures])
             change = (self.embed(self.templates.image(pictures, ["a", "a caption that is longer"]).to(self.device), "image") - alone).abs().max().item()
+            texts = ["a" + " thing" * length for length in range(KEPT_FROM)]
+            change = max(change, (self.encode_text(texts) - torch.stack([self.encode_text(text) for text in texts])).abs().max().item())
         except Exception as error:  # whatever a family makes of rows that its processor did not lay out
             raise InputError(f"{self.base}: {family} is not a model that can embed here: its forward pass fails ({' '.join(str(error).split())[:120]})") from None
-        if not change < 1e-3:
+        if not change < max(1e-3, 4 * torch.finfo(self.model.dtype).eps):
             raise InputError(f"{self.base}: {family} is not a model that can embed here: batch mates or a caption that follows change the embedding by {change:.2g}")
     return self
 
@@ -673,16 +709,20 @@ def tried(self) -> DiscriminativeLVLM:
 @method_of(DiscriminativeLVLM)
 def generate(
     self,
-    images: list[Picture],
-    question: str | list[str],  # the same about every picture, or one about each
+    images: Picture | Sequence[Picture],
+    question: str | Sequence[str],  # the same about every picture, or one about each
     adapter: bool = False,  # with LoRA on; off is the base model
     max_new_tokens: int = 128,
-) -> list[str]:
-    "Greedy answers to a question about each picture."
-    questions = [question] * len(images) if isinstance(question, str) else question
-    asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}]
+) -> str | list[str]:
+    "Greedy answers to a question about each picture; of one picture alone, its answer."
+    alone = is_one_picture(images)
+    pictures = opened([images] if alone else images)
+    questions = [question] * len(pictures) if isinstance(question, str) else list(question)
+    if not pictures or len(questions) != len(pictures):
+        raise InputError(f"{len(questions)} questions about {len(pictures)} pictures: give at least one picture, and one question for all or one for each")
+    asked = lambda q: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.templates.plain(q)}]}]
     text = [self.templates.processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
-    batch = self.templates.processed(opened(images), text, side="left").to(self.device)
+    batch = self.templates.processed(pictures, text, side="left").to(self.device)
     batch.pop("labels", None)  # PaliGemma's processor makes them unasked
     self.enable_adapter(adapter)
     try:
@@ -690,7 +730,8 @@ def generate(
             out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     finally:
         self.enable_adapter(True)
-    return [t.strip() for t in self.templates.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    answers = [t.strip() for t in self.templates.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return answers[0] if alone else answers
 
 
 @method_of(DiscriminativeLVLM)
@@ -720,10 +761,10 @@ CONFIG_NAME = "discriminative.json"
 
 
 def weights_hash(model: nn.Module) -> str:
-    "sha256 over the frozen weights (names and values), so that an adapter is never put on another base."
+    "sha256 over the frozen weights, so that an adapter is never put on another base: names, and values in bfloat16, so that a base is the same in whatever precision it is loaded."
     digest = hashlib.sha256()
     for name, value in sorted((n.replace(".base_layer", ""), v) for n, v in model.state_dict().items() if "lora_" not in n):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -744,8 +785,10 @@ def base_of(folder: str | Path) -> str:
 
 @method_of(DiscriminativeLVLM)
 def save_pretrained(self, folder: str | Path) -> Path:
-    "Write adapter and soft prompts as safetensors, with their config."
+    "Write adapter and soft prompts as safetensors, with their config, into a folder of their own."
     folder = Path(folder)
+    if folder.is_file() or (folder / "config.json").is_file():
+        raise InputError(f"{folder}: is {'a file' if folder.is_file() else 'the folder of a model'}; save the adapter in a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     if self.lora is not None:
         self.lora.save_pretrained(folder)
@@ -756,6 +799,18 @@ def save_pretrained(self, folder: str | Path) -> Path:
               "lora": self.lora is not None, "soft_prompts": self.soft_prompts is not None}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return folder
+
+
+@method_of(DiscriminativeLVLM)
+def export(
+    self,
+    folder: str | Path,  # is made; InputError if it holds something
+    dtype: torch.dtype = torch.float32,  # of the weights that are written; half precision changes the embeddings by its rounding
+) -> Path:
+    "Write the embedder as a plain transformers checkpoint that Sentence Transformers opens too (notebook 06a); InputError if transformers would embed otherwise."
+    from lvlm_research.export import export_plain
+
+    return export_plain(self, folder, dtype)
 
 # %% ../nbs/06_embedder.ipynb #31e8a01a
 _ADAPTER = {"base": str, "base_sha256": str, "prompt": dict, "lora": bool, "soft_prompts": bool}
@@ -809,17 +864,24 @@ def loading(folder: str | Path) -> Iterator[None]:
 # %% ../nbs/06_embedder.ipynb #359a5066
 @method_of(DiscriminativeLVLM)
 @classmethod
-def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, prompt: Prompt = SUMMARY) -> DiscriminativeLVLM:
-    "Load a saved adapter on its base (which has its own prompt), or a plain LVLM checkpoint as the zero-shot embedder with this prompt."
+def from_pretrained(
+    cls,
+    folder: str | Path,
+    base: str | Path | None = None,  # of an adapter, if not where its config says
+    prompt: Prompt = SUMMARY,  # of a plain checkpoint; an adapter has its own
+    dtype: torch.dtype = torch.float32,  # that the model computes in; embeddings are float32
+) -> DiscriminativeLVLM:
+    "Load a saved adapter on its base, or a plain LVLM checkpoint as the zero-shot embedder; InputError names a folder that is damaged or no such model."
     folder = find_model(folder)
-    if not (folder / CONFIG_NAME).exists():
-        return cls(*load_lvlm(folder), prompt=prompt, base=str(folder)).tried()
-    config = adapter_config(folder)
-    name = str(base or base_of(folder))
-    self = cls(*load_lvlm(name), prompt=Prompt(**config["prompt"]), base=name).tried()
-    if weights_hash(self.model) != config["base_sha256"]:
-        raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")
-    return self._load_trained(folder, config)
+    with loading(folder):
+        if not (folder / CONFIG_NAME).exists():
+            return cls(*load_lvlm(folder, dtype), prompt=prompt, base=str(folder)).tried()
+        config = adapter_config(folder)
+        name = str(base or base_of(folder))
+        self = cls(*load_lvlm(name, dtype), prompt=Prompt(**config["prompt"]), base=name).tried()
+        if weights_hash(self.model) != config["base_sha256"]:
+            raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")
+        return self._load_trained(folder, config)
 
 
 @method_of(DiscriminativeLVLM)

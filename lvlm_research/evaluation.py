@@ -51,13 +51,15 @@ class ClipEmbedder(Encodes):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ClipEmbedder":
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "ClipEmbedder":
+        "InputError names a folder that is damaged or no such model."
         folder = find_model(folder)
-        check_weights(folder)
-        model, loading = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        check_complete(loading, folder)
-        check_finite(model.state_dict(), folder)
-        return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
+        with loading(folder):
+            check_weights(folder)
+            model, found = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            check_complete(found, folder)
+            check_finite(model.state_dict(), folder)
+            return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
 
     def prepared(self, items: list, modality: str) -> dict[str, torch.Tensor]:
         "Pixels of opened pictures, or token ids of captions, on the model's device."
@@ -95,12 +97,12 @@ class ClipEmbedder(Encodes):
 def load_embedder(
     folder: str | Path,
     prompt: Prompt = SUMMARY,  # of a plain LVLM; an adapter has its own, a CLIP none
+    dtype: torch.dtype = torch.float32,  # that the model computes in; embeddings are float32
 ) -> Embedder:
     "A CLIP, a SigLIP, an LVLM or a trained adapter, whatever the folder holds."
     folder = find_model(folder)
     is_clip = (folder / "config.json").is_file() and read_config(folder).model_type in DUAL_ENCODERS
-    with loading(folder):
-        embedder = ClipEmbedder.from_pretrained(folder) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt)
+    embedder = ClipEmbedder.from_pretrained(folder, dtype) if is_clip else DiscriminativeLVLM.from_pretrained(folder, prompt=prompt, dtype=dtype)
     (embedder if isinstance(embedder, torch.nn.Module) else embedder.model).to("cuda" if torch.cuda.is_available() else "cpu")
     return embedder
 

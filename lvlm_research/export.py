@@ -25,13 +25,14 @@ from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto import processing_auto
 
 from .backbones import PREFIX_ATTENTION
-from .config import InputError, find_model, method_of
+from .config import InputError, find_model
 from .embedder import DiscriminativeLVLM, Templates
 from .families import picture_processor
 from .prompts import PROMPT_TOKEN
 
 # %% auto #0
-__all__ = ['merged', 'around_prompt', 'plain_embeddings', 'without_torchvision', 'check_new_folder', 'export']
+__all__ = ['PICTURES_ALONE', 'merged', 'around_prompt', 'plain_embeddings', 'without_torchvision', 'check_new_folder',
+           'export_plain']
 
 # %% ../nbs/06a_export.ipynb #aa43969a
 def merged(model: PreTrainedModel) -> PreTrainedModel:
@@ -108,6 +109,11 @@ def _chat_template(original: str, image: str, before: str, after: str) -> str:
     return _TEMPLATE.substitute(image=literal(image), before=literal(before), after=literal(after), original=original)
 
 
+PICTURES_ALONE = {  # a processor that reads videos too, and so wants torchvision -> one of transformers that lays out pictures as it does, and wants none
+    **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Glm4vProcessor"), "PaddleOCRVLProcessor"),
+    "SmolVLMProcessor": "Idefics3Processor", "LlavaNextVideoProcessor": "LlavaNextProcessor"}
+
+
 def _with_prompts(
     lvlm: DiscriminativeLVLM,
     lengths: dict[str, int],  # tokens of the prompt span, per modality
@@ -117,6 +123,8 @@ def _with_prompts(
     processor = copy.deepcopy(templates.processor)
     if not hasattr(transformers, type(processor).__name__):  # a class of ours is stored under the name of the family's
         processor.__class__ = picture_processor(processing_auto.PROCESSOR_MAPPING_NAMES[config.model_type])
+    if other := PICTURES_ALONE.get(type(processor).__name__):
+        processor.__class__ = getattr(transformers, other)
     tokenizer, picture = processor.tokenizer, getattr(processor, "image_token", None)
     if not picture or picture not in templates.image_text:
         raise InputError(f"{lvlm.base}: {config.model_type} cannot be exported: its chat template does not write the image token of its processor")
@@ -255,28 +263,27 @@ def _folder_beside(folder: Path):
         os.replace(made, folder)
 
 
-@method_of(DiscriminativeLVLM)
-def export(
-    self,
+def export_plain(
+    lvlm: DiscriminativeLVLM,
     folder: str | Path,  # is made; InputError if it holds something
     dtype: torch.dtype = torch.float32,  # of the weights that are written; half precision changes the embeddings by its rounding
 ) -> Path:
     "Write the embedder as a plain transformers checkpoint that Sentence Transformers opens too; InputError if transformers would embed otherwise."
     folder = Path(folder)
     check_new_folder(folder)
-    self.eval()  # no dropout, as for embedding
-    vectors = self._hand_prompt() if self.soft_prompts is None else {name: v.detach() for name, v in self.soft_prompts.vectors.items()}
-    processor, ids = _with_prompts(self, {modality: len(rows) for modality, rows in vectors.items()})
-    plain = merged(self.model)
+    lvlm.eval()  # no dropout, as for embedding
+    vectors = lvlm._hand_prompt() if lvlm.soft_prompts is None else {name: v.detach() for name, v in lvlm.soft_prompts.vectors.items()}
+    processor, ids = _with_prompts(lvlm, {modality: len(rows) for modality, rows in vectors.items()})
+    plain = merged(lvlm.model)
     _add_rows(plain, ids, vectors)
-    _check_same(self, plain, processor)
+    _check_same(lvlm, plain, processor)
     with _folder_beside(folder) as part:
         plain.to(dtype).save_pretrained(part)
         processor.save_pretrained(part)
         if videos := _reads_videos(processor):
-            _add_video_section(part, self.base)
+            _add_video_section(part, lvlm.base)
         for name, content in _sentence_transformers_files(vectors["text"].shape[1], videos).items():
             (part / name).parent.mkdir(exist_ok=True)
             (part / name).write_text(json.dumps(content, indent=1) + "\n")
-        (part / "README.md").write_text(_readme(self, processor, folder.name), encoding="utf-8")
+        (part / "README.md").write_text(_readme(lvlm, processor, folder.name), encoding="utf-8")
     return folder

@@ -124,7 +124,7 @@ def batches(config: FineTuning, embedder: DiscriminativeLVLM) -> tuple[Callable[
         return text_batches(templates, config.batch, config.seed), None
     if config.data:
         records = only_split(read_records(config.data, config.images, config.fields or CAPTION_FIELDS), config.split)
-        report, pairs = data_report(records, templates.tokenizer), record_pairs(records, config.batch, templates.tokenizer, config.seed)
+        report, pairs = data_report(records, templates.tokenizer), record_pairs(records, config.batch, templates.tokenizer, config.seed, variant.contrast_long)
     else:
         report, pairs = None, scene_pairs(config.batch, embedder.model.config.vision_config.image_size, config.seed)
     return joint_batches(templates, pairs, variant.ar_weight > 0, variant.contrast_long), report

@@ -5,9 +5,11 @@
 # %% ../nbs/03a_formats.ipynb #192e8f9e
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import itertools
+import json
 import os
 import shutil
 import tarfile
@@ -16,7 +18,7 @@ import warnings
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -124,6 +126,16 @@ def read_coco(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
         yield _row(picture.where, picture.captions, path_below(root, picture.name, picture.where), labels={"id": str(picture.number)})
 
 
+def _cell(text: str) -> str | list[str]:
+    "What a cell of captions says: a text, or a list of texts as JSON or Python writes it."
+    if text[:1] + text[-1:] == "[]":
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if isinstance(found := read(text), list) and found and all(isinstance(item, str) for item in found):
+                    return found
+    return text
+
+
 def read_table(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
     "Rows of a CSV or TSV file with a header."
     with text_file(file, newline="") as handle:
@@ -136,7 +148,7 @@ def read_table(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
                 where = f"{file}, line {rows.line_num}"
                 if None in values:
                     raise InputError(f"{where}: more cells than the header has; put a caption with separators in quotes")
-                yield _record(values, where, root, fields)
+                yield _record(values | {f: _cell(values[f]) for f in fields if values.get(f)}, where, root, fields)
         except csv.Error as error:
             raise InputError(f"{file}, line {rows.line_num}: not a readable table ({error}); check the quotes") from None
 
@@ -285,8 +297,19 @@ def _parquet_rows(opened: pq.ParquetFile, group: int, columns: Sequence[str]) ->
 def _bytes_column(schema: pa.Schema) -> str | None:
     "The column of pictures: of bytes, or of Hugging Face's images (bytes and path); the usual names come first."
     is_bytes = lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    is_image = lambda kind: pa.types.is_struct(kind) and any(f.name == "bytes" and is_bytes(f.type) for f in kind)
+    is_image = lambda kind: pa.types.is_struct(kind) and any(f.name == "bytes" and (is_bytes(f.type) or pa.types.is_null(f.type)) for f in kind)
     return min((f.name for f in schema if is_bytes(f.type) or is_image(f.type)), key=lambda name: name not in ("image", *PICTURES), default=None)
+
+
+def _without_bytes(opened: pq.ParquetFile, group: int, column: str) -> dict[int, str | None]:
+    "Rows of a row group whose picture is not in the file, and the path that Hugging Face's images then have; pictures are read only if the file does not say that all are there."
+    chunks = (opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns))
+    of_bytes = next(chunk for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes"))
+    if of_bytes.statistics and of_bytes.statistics.has_null_count and not of_bytes.statistics.null_count:
+        return {}
+    read = lambda value: (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    pictures = (read(values[column]) for values in _parquet_rows(opened, group, [column]))
+    return {row: path for row, (found, path) in enumerate(pictures) if not found}
 
 
 def read_parquet(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
@@ -299,12 +322,15 @@ def read_parquet(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
             _has_pictures(names, file)
         number = itertools.count(1)
         for group in range(opened.num_row_groups):
+            absent = _without_bytes(opened, group, pictures) if pictures else {}
             for row, values in enumerate(_parquet_rows(opened, group, names)):
                 where = f"{file}, row {next(number)}"
                 if not pictures:
                     yield _record(values, where, root, fields)
                 elif _has_failed(values):
                     yield _row(f"{where} ({values['status']})", [], None, labels=_labels(values, fields))
+                elif row in absent:
+                    yield _record(values | {"image": absent[row]}, where, root, fields)
                 else:
                     yield _row(where, _captions(values, where, fields), str(file), (group, row), _labels(values, fields))
 
@@ -441,7 +467,7 @@ class DataReport:
     records: int
     without_picture: int  # failed downloads, records that name none
     missing: int  # pictures whose file does not exist
-    same_picture: int  # records whose picture came before
+    same_picture: int  # records that name a picture which came before
     captions: int
     empty: int  # of no tokens
     short: int
@@ -463,7 +489,7 @@ class DataReport:
                 f"captions    {self.captions:,}: {self.short:,} short (< {SHORT_TOKENS} tokens), {self.long:,} long (to {LONG_TOKENS}), "
                 f"{self.too_long:,} over {LONG_TOKENS} (not used, never cut), {self.empty:,} of no tokens; {self.without_caption:,} records have none\n"
                 f"lengths     median {self.median:,} tokens, longest {self.longest:,}\n"
-                f"duplicates  {self.same_caption:,} captions, {self.same_picture:,} pictures\n"
+                f"duplicates  {self.same_caption:,} captions, {self.same_picture:,} pictures named again\n"
                 f"used        {self.with_short + self.with_long - self.with_both:,} records: {self.with_short:,} with a short caption, "
                 f"{self.with_long:,} with a long one, {self.with_both:,} with both")
 
@@ -584,16 +610,18 @@ def record_pairs(
     batch_size: int,  # fewer in a batch if there are fewer in all; the rest of an epoch is dropped
     tokenizer,
     seed: int,
+    contrast_long: bool = False,  # whether the contrastive loss takes the long captions
     buffer: int = BUFFER,
 ) -> Callable[[int], list[Pair]]:
-    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading from the start. InputError if no picture is there, or no caption is short."
+    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading from the start. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
     records = records.select_columns(["where", "captions", "image", "at"])
     there = filter(_is_there, _rows(records))
     if (first := next(there, None)) is None:
         raise InputError(f"none of the pictures of {len(records):,} records exists (first: {records[0]['image'] or records[0]['where']}); "
                          f"give their folder as 'images'; a record names its picture in a field {', '.join(IMAGE_FIELDS)}")
-    if not any(sort_captions(r["captions"], tokenizer)[0] for r in itertools.chain([first], there)):
-        raise InputError(f"no caption has fewer than {SHORT_TOKENS} tokens: the contrastive loss needs short ones; add a short caption per picture")
+    if not any(sort_captions(r["captions"], tokenizer)[contrast_long] for r in itertools.chain([first], there)):
+        wanted, other = (f"{SHORT_TOKENS} to {LONG_TOKENS}", "a short variant, such as both") if contrast_long else (f"fewer than {SHORT_TOKENS}", "variant long")
+        raise InputError(f"no caption has {wanted} tokens, and the contrastive loss of this variant needs some: add one per picture, or train {other}")
 
     def make() -> Iterator[list[Pair]]:
         rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
-__all__ = ['PLAIN', 'Levers', 'only_rows', 'common_prefix', 'lean_states', 'length_groups']
+__all__ = ['PLAIN', 'Levers', 'only_rows', 'keeps_tokens', 'common_prefix', 'lean_states', 'length_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def only_rows(
         yield
 
 # %% ../nbs/05d_levers.ipynb #227c3e35
+def keeps_tokens(model: PreTrainedModel) -> bool:
+    "Whether all that a layer keeps of earlier tokens is their keys and values, so that other rows can go on from them; a recurrent layer keeps a state."
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return set(kinds) <= {"full_attention", "sliding_attention", "chunked_attention"}
+
+
 def common_prefix(
     input_ids: torch.Tensor,  # (B, T)
     attention_mask: torch.Tensor,  # (B, T)

@@ -29,9 +29,10 @@ class MtebEncoder:
         revision: str | None = None,  # by default the hash of its weights
         *,
         device: str | None = None,
+        dtype: torch.dtype = torch.float32,  # that the model computes in
     ):
         needs("mteb", "export")
-        self.embedder = load_embedder(model_name)
+        self.embedder = load_embedder(model_name, dtype=dtype)
         self.model = self.embedder if isinstance(self.embedder, torch.nn.Module) else self.embedder.model
         self.model.to(device or self.model.device)
         self.name, self.revision = f"lvlm-research/{Path(model_name).resolve().name}", revision or model_signature(model_name)

@@ -399,11 +399,25 @@ def _check_runner() -> None:
         needs(module, "reproduce")
 
 
+def _papermill():
+    "papermill without the grammar of international addresses, which jsonschema builds where it is installed (jupyterlab brings it): no notebook holds one, and it takes longer than all the rest."
+    unwanted = "rfc3987_syntax"
+    spared = unwanted not in sys.modules
+    if spared:
+        sys.modules[unwanted] = None  # reads as not installed
+    try:
+        import papermill
+    finally:
+        if spared:
+            del sys.modules[unwanted]
+    return papermill
+
+
 def _execute(source: Path, log: Path, parameters: dict) -> None:
     "papermill, with one retry if the kernel did not start."
-    import papermill
     from jupyter_client import AsyncKernelManager
 
+    papermill = _papermill()
     for attempt in (1, 2):
         sockets = temporary_folder()
         os.environ["JUPYTER_RUNTIME_DIR"] = str(sockets)

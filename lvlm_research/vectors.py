@@ -179,8 +179,8 @@ def _embedded(embedder: Encodes, shards: Iterable[tuple[int, list[Row]]], dtype:
             found, done = {}, 0
 
 # %% ../nbs/12b_vectors.ipynb #617156b4
-FORMAT = 1  # raised when a file of before can no longer be read
-SAME = {"weights": "model", "prompt": "prompt", "kind": "kind", "dtype": "dtype", "truncate_dim": "truncate_dim", "shard": "shard", "records": "data", "format": "format"}  # what must agree -> what is named
+FORMAT = 2  # raised when a file of before can no longer be read
+SAME = {"weights": "model", "prompt": "prompt", "kind": "kind", "precision": "precision", "dtype": "dtype", "truncate_dim": "truncate_dim", "shard": "shard", "records": "data", "format": "format"}  # what must agree -> what is named
 
 
 def _survey(records: Dataset, root: str, kind: str, embedder: Encodes) -> dict:
@@ -279,7 +279,8 @@ def embed_data(
     fields: Sequence[str] = CAPTION_FIELDS,
     split: str = "",  # only records whose field 'split' has this value
     prompt: Prompt | None = None,  # of a plain LVLM
-    dtype: str = "float32",
+    precision: str = "float32",  # that the model computes in, a name of torch
+    dtype: str = "float32",  # that vectors are kept in
     truncate_dim: int | None = None,
     batch_size: int = 64,
     shard: int = SHARD,  # records in one: what a kill costs at most
@@ -290,13 +291,13 @@ def embed_data(
     out = Path(out)
     _check_place(out)
     records = only_split(read_records(data, images, fields), split)
-    embedder = load_embedder(model, prompt or SUMMARY)
+    embedder = load_embedder(model, prompt or SUMMARY, getattr(torch, precision))
     if prompt and _prompt_of(embedder) != asdict(prompt):
         raise InputError(f"{model}: {'an adapter has its own prompt' if _prompt_of(embedder) else 'a dual encoder has no prompt'}; leave it out")
     data, root = os.path.abspath(data), os.path.abspath(images or (data if Path(data).is_dir() else Path(data).parent))
     survey = _survey(records, root, kind, embedder)
     card = {"format": FORMAT, "model": os.path.abspath(find_model(model)), "weights": model_signature(model), "prompt": _prompt_of(embedder), "data": data, "root": root,
-            "kind": kind, "dtype": dtype, "truncate_dim": truncate_dim, "shard": shard, **survey, "complete": False}
+            "kind": kind, "precision": precision, "dtype": dtype, "truncate_dim": truncate_dim, "shard": shard, **survey, "complete": False}
     if not survey["rows"]:
         raise InputError(f"{data}: holds no {'captions' if kind == 'text' else 'pictures'} to embed")
     folder = _folder_of(out)
@@ -486,7 +487,7 @@ def search(
         raise InputError(f"{index}: holds no rows of kind {kind!r}")
     if model_signature(folder) != card["weights"]:
         raise InputError(f"{index}: was not made with {folder}; embed again with this model, or search with the one that made it")
-    embedder = load_embedder(folder, Prompt(**card["prompt"]) if card["prompt"] else SUMMARY)
+    embedder = load_embedder(folder, Prompt(**card["prompt"]) if card["prompt"] else SUMMARY, getattr(torch, card["precision"]))
     states = [(embedder.encode_image if picture else embedder.encode_text)(query, truncate_dim=card["truncate_dim"]) for query, picture in zip(queries, pictures)]
     asked = torch.stack(states)
     scores, numbers = nearest_faiss(asked, vectors, kind, top) if engine == "faiss" else nearest(asked, vectors.blocks(kind), top)

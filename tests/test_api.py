@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
 from lvlm_research.embedder import DiscriminativeLVLM, ahead, open_image
-from lvlm_research.evaluation import load_embedder
+from lvlm_research.evaluation import ClipEmbedder, load_embedder
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
@@ -607,3 +608,102 @@ def test_real_photographs_are_embedded_and_found(real_data, tmp_path):
     first = pq.read_table(tmp_path / "x.parquet")["id"][0].as_py()
     found = search(tmp_path / "x.parquet", [str(data / first)], top=3)
     assert found.id[0] == first and found.score[0] == pytest.approx(1, abs=1e-4)
+
+
+# What a user may give
+
+
+def one_picture(folder: Path, picture: np.ndarray, *captions: str, **more: object) -> Path:
+    "A config that trains on one picture with these captions, two steps."
+    Image.fromarray(picture).save(folder / "0.png")
+    (folder / "captions.jsonl").write_text(json.dumps({"image": "0.png", "captions": captions}) + "\n")
+    (folder / "c.json").write_text(json.dumps({"data": str(folder), "output": str(folder / "trained"), "steps": 2, "batch": 1} | more))
+    return folder / "c.json"
+
+
+def test_special_tokens_in_captions_and_questions_are_words(base_folder, trainable, tmp_path):
+    templates, number = trainable.templates, trainable.model.config.image_token_id
+    image, picture = templates.tokenizer.convert_ids_to_tokens(number), np.zeros((60, 60, 3), np.uint8)
+    hostile = f"a {image} {templates.tokenizer.eos_token}"
+    placed = [(templates.image([picture], [caption]).input_ids == number).sum() for caption in (hostile, "a")]
+    assert placed[0] == placed[1] > 0
+    assert templates.tokenizer.eos_token_id not in templates.continuation(hostile)[:-1]
+    assert torch.isfinite(trainable.encode_text(hostile)).all() and isinstance(trainable.generate(picture, hostile, max_new_tokens=2), str)
+    config = one_picture(tmp_path, picture, hostile, f"{image} " + "a red star left of a ring " * 12, model=str(base_folder))
+    assert len(fine_tune(read_fine_tuning(config)).history) == 2
+
+
+def test_an_adapter_fits_its_base_in_every_precision(base_folder, scenes, tmp_path):
+    "Trained in one precision and opened in another: the base is the same, and the embeddings are, up to rounding."
+    pictures, half = [picture for picture, _ in scenes[:4]], DiscriminativeLVLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    adapter = half.add_lora().save_pretrained(tmp_path / "adapter")
+    full, again = (load_embedder(adapter, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    found = again.encode_image(pictures)
+    assert found.dtype == torch.float32 and torch.equal(found, half.encode_image(pictures))
+    assert (found - full.encode_image(pictures)).abs().max() < 0.05 and (again.encode_text([c for _, c in scenes]) - full.encode_text([c for _, c in scenes])).abs().max() < 0.05
+    fine_tune(read_fine_tuning(one_picture(tmp_path, pictures[0], "a star", model=str(base_folder), precision="bf16-true")))
+    assert torch.isfinite(load_embedder(tmp_path / "trained").encode_text("a red star")).all()
+
+
+def test_an_index_is_made_and_searched_in_one_precision(scenes, tmp_path):
+    for place, (picture, caption) in enumerate(scenes[:3]):
+        Image.fromarray(picture).save(tmp_path / f"{place}.png")
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "captions": [scenes[i][1]]}) + "\n" for i in range(3)))
+    assert embed_data(ADAPTER, tmp_path, tmp_path / "index", precision="bfloat16")["precision"] == "bfloat16"
+    assert search(tmp_path / "index", [str(tmp_path / "1.png")]).iloc[0].id == "1.png"
+    with pytest.raises(InputError, match="another precision \\('bfloat16', not 'float32'\\)"):
+        embed_data(ADAPTER, tmp_path, tmp_path / "index")
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda e: e.encode_text(["a"], batch_size=0), "batch_size is 0: give a positive whole number"),
+    (lambda e: e.encode_image([np.zeros((9, 9, 3), np.uint8)], batch_size=-1), "batch_size is -1"),
+    (lambda e: e.encode_text(["a"], truncate_dim=4.0), "truncate_dim is 4.0: give 1 to"),
+    (lambda e: e.encode_text(["a", "\ud800"]), "caption 1 holds half a character"),
+    (lambda e: e.encode_image(Image.new("RGB", (0, 0))), "it has no pixels"),
+])
+def test_arguments_that_make_no_sense_are_one_line(embedder, call, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        call(embedder)
+
+
+def test_answers_to_one_picture_or_to_several(scenes, tmp_path):
+    lvlm, picture = load_embedder(CHECKPOINTS / "llava-micro"), Image.fromarray(scenes[0][0])
+    picture.save(tmp_path / "a.png")
+    alone = lvlm.generate(str(tmp_path / "a.png"), "what is above?", max_new_tokens=4)
+    assert isinstance(alone, str) and lvlm.generate([picture, picture], ["what is above?"] * 2, max_new_tokens=4) == [alone, alone]
+    for pictures, questions in (([], "what?"), ([picture], ["a", "b"])):
+        with pytest.raises(InputError, match="give at least one picture, and one question for all or one for each"):
+            lvlm.generate(pictures, questions)
+
+
+def test_an_adapter_is_saved_in_a_folder_of_its_own(tmp_path):
+    lvlm = load_embedder(ADAPTER)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="has LoRA already"):
+        lvlm.add_lora()
+    for place, says in ((tmp_path / "file", "is a file"), (CHECKPOINTS / "llava-micro", "is the folder of a model")):
+        with pytest.raises(InputError, match=says):
+            lvlm.save_pretrained(place)
+
+
+@pytest.mark.parametrize("file, damage", [("model.safetensors", lambda data: data[:-9]), ("model.safetensors", lambda data: pickle.dumps({"a": 1})), ("config.json", lambda data: b"{"),
+                                          ("chat_template.jinja", lambda data: b"{% if %}")])
+@pytest.mark.parametrize("of", [DiscriminativeLVLM, ClipEmbedder])
+def test_the_classes_name_a_damaged_folder_in_one_line(of, file, damage, tmp_path):
+    if of is ClipEmbedder and file == "chat_template.jinja":
+        pytest.skip("which a CLIP does not read")
+    folder = shutil.copytree(CHECKPOINTS / {DiscriminativeLVLM: "llava-micro", ClipEmbedder: "clip-micro"}[of], tmp_path / "model")
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(InputError, match="model") as error:
+        of.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "soft_prompts.safetensors"])
+def test_a_pickle_in_place_of_an_adapter_is_named(file, tmp_path):
+    folder = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    (folder / file).write_bytes(pickle.dumps({"a": torch.zeros(2)}))
+    with pytest.raises(InputError, match="not a model that can embed"):
+        DiscriminativeLVLM.from_pretrained(folder)

@@ -1,10 +1,13 @@
 "An export is a plain checkpoint: transformers, Sentence Transformers and mteb get the embedder's own embeddings from it."
 import json
+import subprocess
+import sys
 from functools import cache
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import CHECKPOINTS
@@ -222,3 +225,28 @@ def test_mteb_reads_a_dual_encoder_too(pictures):
     expected = encoder.embedder.encode_image([*pictures, pictures[0]])
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
     assert torch.allclose(encoder.similarity(found, found), expected @ expected.T, atol=1e-5)
+
+
+def test_an_export_opens_where_this_package_is_not(real_data, tmp_path):
+    "In a process that knows Sentence Transformers alone; the photographs are larger than the models read, so that resizing shows."
+    pytest.importorskip("sentence_transformers")
+    photographs = [str(file) for file in sorted((real_data / "real_pairs/coco_cc").rglob("*.jpg"))[:3]]
+    for name in ("llava", "qwen2_vl", "qwen2_5_vl", "smolvlm"):
+        embedder = micro(name, tmp_path / name / "base")
+        embedder.export(tmp_path / name / "export")
+        save_file({"image": embedder.encode_image(photographs), "text": embedder.encode_text(CAPTIONS)}, tmp_path / name / "expected.safetensors")
+    program = f"""
+import sys
+from pathlib import Path
+from PIL import Image
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+for folder in map(Path, sys.argv[1:]):
+    model, expected = SentenceTransformer(str(folder / "export"), device="cpu"), load_file(folder / "expected.safetensors")
+    for kind, items in (("image", [Image.open(file).convert("RGB") for file in {photographs}]), ("text", {CAPTIONS})):
+        change = (model.encode(items, convert_to_tensor=True) - expected[kind]).abs().max().item()
+        assert change < 1e-4, (folder, kind, change)
+assert "lvlm_research" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", program, *map(str, sorted(tmp_path.iterdir()))], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -27,6 +27,15 @@ from lvlm_research.scenes import long_caption, sample_scenes, scene_images, shor
 TOKENIZER = world_tokenizer()
 
 
+def _picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (60, 60), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = _picture()
+
+
 def png(array) -> bytes:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
@@ -426,3 +435,34 @@ def test_long_descriptions_of_image_in_words(real_data, tmp_path):
     batch = joint_batches(templates, record_pairs(both, 32, templates.tokenizer, 0))(0)
     predicted = (batch.image.labels != -100).sum(1)
     assert batch.has_short.all() and 30 <= predicted[predicted > 0].min() and predicted.max() <= 503 and (predicted > 0).sum() > 4
+
+
+def test_the_kind_of_captions_that_a_variant_contrasts_must_be_there(tmp_path):
+    long = " ".join(["a red star left of a ring"] * 12)
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    for name, caption, contrast_long, says in (("short", "a star", True, "train a short variant"), ("long", long, False, "train variant long")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image": "a.png", "captions": [caption]}) + "\n")
+        records = read_records(tmp_path / f"{name}.jsonl")
+        with pytest.raises(InputError, match=says):
+            record_pairs(records, 1, TOKENIZER, 0, contrast_long)
+        assert record_pairs(records, 1, TOKENIZER, 0, not contrast_long)(0)[0].where.endswith("line 1")
+
+
+def test_a_cell_may_hold_a_list_of_captions(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "t.csv").write_text('image,captions\na.png,"[""a cat"", ""a dog""]"\na.png,"[\'a cat\', \'it\'\'s\']"\na.png,[a cat]\na.png,[1]\n')
+    assert [r["captions"] for r in read_records(tmp_path / "t.csv")] == [["a cat", "a dog"], ["a cat", "its"], ["[a cat]"], ["[1]"]]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.null()], ids=str)
+def test_a_picture_without_bytes_is_found_by_its_path_or_not_there(kind, tmp_path):
+    "As Hugging Face's data sets keep pictures that are not embedded."
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    pictures = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, None] + ([{"bytes": PICTURE, "path": "b.png"}] if kind == pa.binary() else [])
+    column = pa.array(pictures, pa.struct({"bytes": kind, "path": pa.string()}))
+    pq.write_table(pa.table({"image": column, "caption": ["a star"] * len(pictures)}), tmp_path / "t.parquet")
+    records = read_records(tmp_path / "t.parquet")
+    assert [r["image"] and Path(r["image"]).name for r in records] == ["a.png", None, None, "t.parquet"][: len(pictures)]
+    report = data_report(records, TOKENIZER)
+    assert (report.without_picture, report.with_short) == (2, len(pictures) - 2)
+    assert record_pairs(records, len(pictures) - 2, TOKENIZER, 0)(0)[0].image.size == (60, 60)
