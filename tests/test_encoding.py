@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from lvlm_research import embedder as embedder_module
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
-from lvlm_research.embedder import KEPT_FROM, in_threads
+from lvlm_research.embedder import KEPT_FROM, DiscriminativeLVLM, in_threads
 from lvlm_research.levers import PLAIN
 from lvlm_research.metrics import retrieval_hits
 from lvlm_research.rivals import FAMILIES, as_if_in_training, made_pairs, proportioned
+from lvlm_research.zoo import MROPE, QWEN_VISION, _text, micro_family
 
 
 # ---- recall
@@ -212,3 +215,17 @@ def test_threads_keep_the_order_and_end_with_the_first_error():
     with pytest.raises(InputError, match="number 5"):
         in_threads(step, range(2000))
     assert threading.active_count() == threads and len(begun) < 2000
+
+
+def test_a_recurrent_language_model_embeds_a_list_as_its_captions_alone(tmp_path):
+    "Qwen 3.5 is none of the tested families: half its layers keep a state in place of keys and values, from which other rows cannot go on."
+    torch.manual_seed(0)
+    model, processor = micro_family("qwen3_vl", world_tokenizer())
+    text = dict(rope_parameters=MROPE | {"partial_rotary_factor": 1.0}, head_dim=8, layer_types=["linear_attention", "full_attention"],
+                linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    tokens = {name: value for name, value in model.config.to_dict().items() if name.endswith("_token_id")}
+    config = Qwen3_5Config(text_config=_text(processor.tokenizer, **text), vision_config=QWEN_VISION | dict(num_position_embeddings=64), **tokens)
+    for part in (Qwen3_5ForConditionalGeneration(config), processor):
+        part.save_pretrained(tmp_path)
+    lvlm, captions = DiscriminativeLVLM.from_pretrained(tmp_path), ["a" + " star" * length for length in range(KEPT_FROM + 4)]
+    assert torch.allclose(lvlm.encode_text(captions), torch.stack([lvlm.encode_text(caption) for caption in captions]), atol=1e-5)
