@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import is_torchvision_available
+from transformers.utils import logging as hf_logging
 
 from .backbones import quiet_loading
 from .config import InputError, find_model, read_object
@@ -25,7 +28,7 @@ from .config import InputError, find_model, read_object
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor', 'read_config',
            'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete',
-           'header_tensors', 'check_headers', 'load_lvlm']
+           'check_headers', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -150,13 +153,22 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(file_of.values()))]
 
 
-def check_weights(folder: str | Path, name: str = "model.safetensors") -> list[Path]:
-    "The files of the weights; InputError for a folder whose weights are pickles, which run code when they are opened, or that has none."
+def _header(file: Path) -> dict[str, torch.Tensor]:
+    "What the header of a safetensors file says, as tensors on the meta device; InputError for a file that is damaged or of another kind."
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a model with safetensors weights ({' '.join(str(error).split())[:120]}); fetch or save it again") from None
+
+
+def check_weights(folder: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    "The tensors of a folder without their values; InputError for a folder whose weights are pickles, which run code when they are opened, damaged, or that has none."
     folder = Path(folder)
     if (folder / name).is_file():  # first, as in transformers
-        return [folder / name]
+        return _header(folder / name)
     if (index := folder / f"{name}.index.json").is_file():
-        return _shards(index)
+        return {tensor: value for file in _shards(index) for tensor, value in _header(file).items()}
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     raise InputError(f"{folder}: not a model with safetensors weights: " + (
         f"{pickles[0]} is a pickle, which can run code when it is opened; load it where that is safe and save_pretrained it as safetensors" if pickles
@@ -217,25 +229,26 @@ def check_complete(loading: dict, folder: str | Path) -> None:
         raise InputError(f"{folder}: not a model that can embed: tensor {wrong[0][0]} is {wrong[0][1]}, and config.json asks for {wrong[0][2]}; fetch both again")
 
 
-def header_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    "What the headers of safetensors files say, as tensors on the meta device; InputError for a file that is damaged or of another kind."
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a model with safetensors weights ({' '.join(str(error).split())[:120]}); fetch or save it again") from None
-    return tensors
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    "No table of the tensors that do not fit: `check_complete` names the first in one line."
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def check_headers(model: PreTrainedModel, folder: str | Path) -> None:
     "InputError if the weights of a folder are not those of its skeleton, by names and shapes: transformers loads them without their values, so that it renames and ties as ever."
-    headers = header_tensors(check_weights(folder))
+    quiet_loading()
+    headers = check_weights(folder)
     if getattr(model.config, "quantization_config", None):
         return  # such tensors have other names and shapes, which are their package's matter
     try:
-        _, loading = type(model).from_pretrained(None, config=model.config, state_dict=headers, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True)
+        with _without_tables():
+            _, loading = type(model).from_pretrained(None, config=model.config, state_dict=headers, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception:  # a conversion that asks for values: only loading can tell
         return
     check_complete(loading, folder)
