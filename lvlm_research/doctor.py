@@ -169,10 +169,15 @@ def describe(
     report.lines["family"] = config.model_type
     with _noting(report, folder):
         describe_kind = _describe_dual_encoder if config.model_type in DUAL_ENCODERS else _describe_lvlm
-        check_headers(describe_kind(folder, config, batch, report), folder)
+        compared = check_headers(describe_kind(folder, config, batch, report), folder)
     tested = "its properties are tested on a micro model" if config.model_type in (*TESTED_FAMILIES, *DUAL_ENCODERS) else \
         "untested family: it is put to a trial when it is loaded"
-    report.lines["supported"] = f"no: {report.fault}" if report.fault else f"yes; {tested}; the values of its weights were not read, so NaN would show at loading"
+    if report.fault:
+        report.lines["supported"] = f"no: {report.fault}"
+    else:
+        unread = "the values of its weights were not read, so NaN would show at loading" if compared else \
+            "its weights could not be compared with the model (they are quantised, or converted by their values), so what is missing would show at loading, and NaN"
+        report.lines["supported"] = f"yes; {tested}; {unread}"
     return report
 
 

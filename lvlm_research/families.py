@@ -240,18 +240,19 @@ def _without_tables() -> Iterator[None]:
         hf_logging.set_verbosity(before)
 
 
-def check_headers(model: PreTrainedModel, folder: str | Path) -> None:
-    "InputError if the weights of a folder are not those of its skeleton, by names and shapes: transformers loads them without their values, so that it renames and ties as ever."
+def check_headers(model: PreTrainedModel, folder: str | Path) -> bool:
+    "Whether names and shapes of the weights can be compared with a skeleton; InputError if they differ. Transformers loads them without their values, so that it renames and ties as ever."
     quiet_loading()
     headers = check_weights(folder)
     if getattr(model.config, "quantization_config", None):
-        return  # such tensors have other names and shapes, which are their package's matter
+        return False  # such tensors have other names and shapes, which are their package's matter
     try:
         with _without_tables():
             _, loading = type(model).from_pretrained(None, config=model.config, state_dict=headers, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception:  # a conversion that asks for values: only loading can tell
-        return
+        return False
     check_complete(loading, folder)
+    return True
 
 
 def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -322,6 +322,15 @@ def test_doctor_compares_image_tokens_with_features(source, changes, says, tmp_p
     assert says in describe(folder).fault
 
 
+def test_doctor_does_not_compare_quantised_weights(tmp_path):
+    folder = shutil.copytree(CHECKPOINTS / "llava-micro", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    damaged(reshape)(folder)
+    report = describe(folder)
+    assert report.fault is None and "could not be compared" in report.lines["supported"]
+
+
 def test_doctor_tries_an_adapter_on_its_base(tmp_path):
     def on(base):
         config = json.loads((CHECKPOINTS / "vladva-micro/discriminative.json").read_text())
