@@ -6,21 +6,29 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModelForImageTextToText, Idefics3Processor, LlavaNextProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers import __version__ as transformers_version
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import is_torchvision_available
+from transformers.utils import logging as hf_logging
 
 from .backbones import quiet_loading
 from .config import InputError, find_model, read_object
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor', 'read_config',
-           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete', 'load_lvlm']
+           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete',
+           'check_headers', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -84,7 +92,8 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         raise
     except Exception as error:  # a file is missing or damaged, or a class wants torchvision or another package
         cause = " ".join(str(error).split())[:120]
-        raise InputError(f"{folder}: not a model that can embed: its processor cannot be made, without torchvision ({cause})") from None
+        mend = "; pip install torchvision" if "torchvision" in str(error).lower() and not is_torchvision_available() else ""
+        raise InputError(f"{folder}: not a model that can embed: its processor cannot be made, without torchvision ({cause}){mend}") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template or PLAIN_TEMPLATES.get(config.model_type)
     if not processor.chat_template:
         raise InputError(f"{folder}: has no chat template; put the one that the model was trained with into chat_template.jinja")
@@ -93,6 +102,17 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
     return processor
 
 # %% ../nbs/05b_families.ipynb #4581ebcc
+def _attention_names(config: dict) -> list[tuple[str, object]]:
+    "Fields of a config, at any depth, that name an implementation of attention, with the names; a field may hold one per part of the model."
+    found = []
+    for key, value in config.items():
+        if "attn_implementation" in key:
+            found += [(key, name) for name in (value.values() if isinstance(value, dict) else [value])]
+        elif isinstance(value, dict):
+            found += _attention_names(value)
+    return found
+
+
 def read_config(folder: str | Path) -> PreTrainedConfig:
     "Config of a model folder that transformers knows without running code from the folder."
     path = Path(folder) / "config.json"
@@ -105,22 +125,54 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         mend = "needs code from the folder (auto_map), which is never run; use a version converted to transformers' classes" if remote else \
             f"model_type {kind!r} is not known to transformers {transformers_version}"
         raise InputError(f"{path}: not a model that can embed: {mend}")
-    if named := sorted(key for part in (given, *(v for v in given.values() if isinstance(v, dict))) for key in part if key.endswith("attn_implementation")):
-        raise InputError(f"{path}: not a model that can embed: {named[0]} may name code to be fetched and run; remove the field")
+    built_in = (None, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if strange := [(key, name) for key, name in _attention_names(given) if name not in built_in]:
+        raise InputError(f"{path}: not a model that can embed: {strange[0][0]} {strange[0][1]!r:.80} may name code to be fetched and run; remove the field")
+    if "transformers_weights" in given:
+        raise InputError(f"{path}: not a model that can embed: transformers_weights names another file than model.safetensors; rename that file and remove the field")
+    if (path.parent / "adapter_config.json").is_file():
+        raise InputError(f"{path.parent}: not a model that can embed: transformers would put the adapter of adapter_config.json on it; merge it into the weights, or remove the file")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers checks the values of a config in many places
         raise InputError(f"{path}: not a model config ({' '.join(str(error).split())[:120]}); give a folder written by save_pretrained") from None
+    config._attn_implementation = None  # the default of this machine: a flash kernel that is not installed here would be fetched
+    return config
 
 
-def check_weights(folder: str | Path, pattern: str = "model*.safetensors") -> None:
-    "InputError for a folder whose weights are pickles, which run code when they are opened, or that has none."
+def _shards(index: Path) -> list[Path]:
+    "The files that an index names, each a safetensors file beside it: transformers reads whatever stands there, a pickle or a file of another folder too."
+    file_of = read_object(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise InputError(f"{index}: not a model with safetensors weights: weight_map must say in which file each tensor is; fetch or save it again")
+    for tensor, name in file_of.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\"):
+            raise InputError(f"{index}: not a model with safetensors weights: entry {tensor!r:.80} names {name!r:.80}, which is no safetensors file of this folder; fetch or save it again")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index}: not a model with safetensors weights: entry {tensor!r:.80} names {name!r:.80}, which is missing; fetch that file")
+    return [index.parent / name for name in sorted(set(file_of.values()))]
+
+
+def _header(file: Path) -> dict[str, torch.Tensor]:
+    "What the header of a safetensors file says, as tensors on the meta device; InputError for a file that is damaged or of another kind."
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a model with safetensors weights ({' '.join(str(error).split())[:120]}); fetch or save it again") from None
+
+
+def check_weights(folder: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    "The tensors of a folder without their values; InputError for a folder whose weights are pickles, which run code when they are opened, damaged, or that has none."
     folder = Path(folder)
-    if not any(folder.glob(pattern)):
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        raise InputError(f"{folder}: not a model with safetensors weights: " + (
-            f"{pickles[0]} is a pickle, which can run code when it is opened; load it where that is safe and save_pretrained it as safetensors" if pickles
-            else f"there is no {pattern}"))
+    if (folder / name).is_file():  # first, as in transformers
+        return _header(folder / name)
+    if (index := folder / f"{name}.index.json").is_file():
+        return {tensor: value for file in _shards(index) for tensor, value in _header(file).items()}
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    raise InputError(f"{folder}: not a model with safetensors weights: " + (
+        f"{pickles[0]} is a pickle, which can run code when it is opened; load it where that is safe and save_pretrained it as safetensors" if pickles
+        else f"there is no {name}"))
 
 
 def check_kind(config: PreTrainedConfig) -> None:
@@ -139,6 +191,7 @@ def check_structure(model: PreTrainedModel) -> None:
     faults = {
         "it has no inner model without the head": inner is None or inner is model.get_decoder(),
         "pictures do not enter as tokens of the sequence": not hasattr(inner, "get_image_features"),
+        "its config describes no vision tower": getattr(model.config, "vision_config", True) is None,
         "its config names no image token": not isinstance(getattr(model.config, "image_token_id", None), int),
         "its trunk cannot be told from the rest": not isinstance(model.get_decoder(), PreTrainedModel) or model.get_output_embeddings() is None,
         "it has no causal forward pass with explicit positions": inner is not None and "position_ids" not in inspect.signature(inner.forward).parameters,
@@ -151,7 +204,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     "The model without weights, on the meta device; InputError if the config or a missing package does not allow it."
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+            return AutoModelForImageTextToText.from_config(deepcopy(config))  # in which transformers writes
     except Exception as error:  # whatever a family makes of a config that contradicts itself
         raise InputError(f"{config.model_type} is not a model that can be built here ({' '.join(str(error).split())[:120]})") from None
 
@@ -169,9 +222,37 @@ def check_finite(tensors: dict[str, torch.Tensor], folder: str | Path) -> dict[s
 
 
 def check_complete(loading: dict, folder: str | Path) -> None:
-    "InputError if transformers found no weights for a part of the model, which it would fill with random numbers."
+    "InputError if transformers found no weights for a part of the model, or some of another shape, which it would fill with random numbers."
     if missing := sorted(loading["missing_keys"]):
         raise InputError(f"{folder}: not a model that can embed: its weights lack {missing[0]} and {len(missing) - 1} more tensors; fetch or save them again")
+    if wrong := sorted((name, tuple(found), tuple(expected)) for name, found, expected in loading["mismatched_keys"]):
+        raise InputError(f"{folder}: not a model that can embed: tensor {wrong[0][0]} is {wrong[0][1]}, and config.json asks for {wrong[0][2]}; fetch both again")
+
+
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    "No table of the tensors that do not fit: `check_complete` names the first in one line."
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def check_headers(model: PreTrainedModel, folder: str | Path) -> bool:
+    "Whether names and shapes of the weights can be compared with a skeleton; InputError if they differ. Transformers loads them without their values, so that it renames and ties as ever."
+    quiet_loading()
+    headers = check_weights(folder)
+    if getattr(model.config, "quantization_config", None):
+        return False  # such tensors have other names and shapes, which are their package's matter
+    try:
+        with _without_tables():
+            _, loading = type(model).from_pretrained(None, config=model.config, state_dict=headers, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception:  # a conversion that asks for values: only loading can tell
+        return False
+    check_complete(loading, folder)
+    return True
 
 
 def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -185,7 +266,8 @@ def load_lvlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[P
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     check_weights(folder)
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
     check_complete(loading, folder)
     check_finite(model.state_dict(), folder)
     return model, load_processor(folder, config)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_torchvision_available
 
 from conftest import CHECKPOINTS, run
 from lvlm_research import backbones, embedder as embedder_module
@@ -20,7 +21,7 @@ from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.doctor import describe
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
-from lvlm_research.families import TESTED_FAMILIES
+from lvlm_research.families import TESTED_FAMILIES, load_processor
 from lvlm_research.fitting import fit
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.losses import info_nce
@@ -235,6 +236,26 @@ def configured(**config):
     return lambda folder: (folder / "config.json").write_text(json.dumps(config))
 
 
+def cut(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+
+
+def pickle_named_safetensors(folder):
+    torch.save({"a": torch.zeros(3)}, folder / "model.safetensors")
+
+
+def lacking_a_shard(folder):
+    "Two shards, of which one was not fetched."
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def reshape(tensors):
+    name = next(name for name in tensors if name.endswith("v_proj.weight"))
+    tensors[name] = tensors[name][:3].clone()
+
+
 def without_template(folder):
     (folder / "chat_template.jinja").unlink()
 
@@ -244,6 +265,12 @@ def without_template(folder):
     ("clip-micro", damaged(spoil), "v_proj.weight holds NaN"),
     ("llava-micro", pickled, "pytorch_model.bin is a pickle, which can run code"),
     ("clip-micro", pickled, "pytorch_model.bin is a pickle, which can run code"),
+    *((source, *case) for source in ("llava-micro", "clip-micro") for case in (
+        (pickle_named_safetensors, "model.safetensors: not a model with safetensors weights"),
+        (cut, "not fully covered); fetch or save it again"),
+        (lacking_a_shard, "names 'model-00002-of-00002.safetensors', which is missing"),
+        (damaged(lambda tensors: tensors.pop(min(tensors))), "its weights lack"))),
+    ("llava-micro", damaged(reshape), "v_proj.weight is (3, 128), and config.json asks for (128, 128)"),
     ("llava-micro", configured(model_type="my_lvlm", auto_map={"AutoModel": "modeling.My"}), "needs code from the folder (auto_map), which is never run"),
     ("llava-micro", configured(model_type="my_lvlm"), "'my_lvlm' is not known to transformers"),
     ("llava-micro", configured(model_type="llama"), "it is a text-only language model"),
@@ -260,8 +287,11 @@ def test_a_folder_that_is_refused(source, damage, says, tmp_path, capsys):
     with pytest.raises(InputError, match="model") as error:
         load_embedder(folder)
     assert says in str(error.value) and "\n" not in str(error.value)
+    capsys.readouterr()
     if "NaN" not in says:  # which only the weights can tell
-        assert main(["doctor", str(folder)]) == 2 and says in capsys.readouterr().err
+        assert main(["doctor", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
 
 
 def test_an_adapter_of_pickles_or_with_nan_is_refused(tmp_path):
@@ -276,6 +306,54 @@ def test_an_adapter_of_pickles_or_with_nan_is_refused(tmp_path):
         damage(tmp_path / name)
         with pytest.raises(InputError, match=says):
             DiscriminativeLVLM.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("source, changes, says", [
+    ("llava-micro", {"config.json": {"image_token_id": 5, "image_token_index": 5}}, "its processor never writes token 5"),
+    ("llava-micro", {"processor_config.json": {"patch_size": 28}}, "4 image tokens for a picture of 336 x 336, of which the model makes 36 features"),
+    ("qwen2-vl-micro", {"processor_config.json": {"image_processor": {"merge_size": 1}}}, "144 image tokens for a picture of 336 x 336, of which the model makes 36 features"),
+])
+def test_doctor_compares_image_tokens_with_features(source, changes, says, tmp_path):
+    folder = shutil.copytree(CHECKPOINTS / source, tmp_path / "model")
+    for name, fields in changes.items():
+        given = json.loads((folder / name).read_text())
+        fields = {key: given[key] | value if isinstance(value, dict) else value for key, value in fields.items()}
+        (folder / name).write_text(json.dumps(given | fields))
+    assert says in describe(folder).fault
+
+
+def test_doctor_does_not_compare_quantised_weights(tmp_path):
+    folder = shutil.copytree(CHECKPOINTS / "llava-micro", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    damaged(reshape)(folder)
+    report = describe(folder)
+    assert report.fault is None and "could not be compared" in report.lines["supported"]
+
+
+def test_doctor_tries_an_adapter_on_its_base(tmp_path):
+    def on(base):
+        config = json.loads((CHECKPOINTS / "vladva-micro/discriminative.json").read_text())
+        (folder / "discriminative.json").write_text(json.dumps(config | {"base": str(CHECKPOINTS / base)}))
+        return describe(folder)
+
+    folder = shutil.copytree(CHECKPOINTS / "vladva-micro", tmp_path / "adapter")
+    assert on("llava-micro").fault is None and "NaN would show at loading" in on("llava-micro").lines["supported"]
+    for base, says in (("llava-mini", "its adapter does not fit the base"), ("clip-micro", "no image-text-to-text model")):
+        report = on(base)
+        assert says in report.fault and report.lines["supported"] == f"no: {report.fault}"
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "adapter_model.bin is a pickle" in on("llava-micro").fault
+
+
+@pytest.mark.parametrize("kind, needs", [("cohere2_vision", True), ("llava", False)])
+def test_a_processor_that_needs_torchvision_says_how_to_get_it(kind, needs, tokenizer, tmp_path):
+    config = transformers.AutoConfig.for_model(kind)
+    tokenizer.save_pretrained(tmp_path), config.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Cohere2VisionImageProcessor" if needs else "NoProcessor"}))
+    with pytest.raises(InputError) as error:
+        load_processor(tmp_path, config)
+    assert str(error.value).endswith("; pip install torchvision") == (needs and not is_torchvision_available())
 
 
 def test_an_untested_family_is_put_to_a_trial(tokenizer, tmp_path, monkeypatch):

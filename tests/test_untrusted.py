@@ -15,6 +15,7 @@ from conftest import CHECKPOINTS
 from lvlm_research.cli import main
 from lvlm_research.config import InputError, visible
 from lvlm_research.datasets import joint_batches, read_folder
+from lvlm_research.doctor import describe
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.fitting import FitModule, fit
 from lvlm_research.formats import data_report, read_records, record_pairs
@@ -121,6 +122,45 @@ def test_no_folder_runs_its_code(tmp_path):
         except InputError:
             pass
         assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("source", ["llava-micro", "clip-micro"])
+def test_a_folder_leads_to_no_other_file(source, tmp_path):
+    "An index that names a pickle or a file elsewhere, another file of weights, an adapter of pickles."
+    def index(name):
+        def change(folder):
+            (folder / "model.safetensors").rename(folder / "model-x.safetensors")
+            write(folder / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {"a": "model-x.safetensors", "b": name}}).encode())
+        return change
+
+    def adapter(folder):
+        write(folder / "adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)}).encode())
+        torch.save({"a": Harm(tmp_path / "ran")}, folder / "adapter_model.bin")
+
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(CHECKPOINTS / source / "model.safetensors", outside)
+    for number, (change, says) in enumerate((
+            (index("evil.bin"), "entry 'b' names 'evil.bin', which is no safetensors file"), (index("../outside.safetensors"), "names '../outside.safetensors', which is no safetensors file of this folder"),
+            (index(str(outside)), "which is no safetensors file of this folder"), (index("model-y.safetensors"), "'model-y.safetensors', which is missing"),
+            (edit("config.json", transformers_weights="../outside.safetensors"), "transformers_weights names another file"), (adapter, "adapter_config.json"))):
+        folder = shutil.copytree(CHECKPOINTS / source, tmp_path / str(number))
+        torch.save({"a": Harm(tmp_path / "ran")}, folder / "evil.bin")
+        change(folder)
+        with pytest.raises(InputError, match="not a model") as error:
+            load_embedder(folder)
+        assert says in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_shards_of_the_folder_are_loaded(tmp_path):
+    folder, whole = tmp_path / "model", load_embedder(CHECKPOINTS / "llava-micro").model
+    shutil.copytree(CHECKPOINTS / "llava-micro", folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="1MB")
+    edit("config.json", _attn_implementation="flash_attention_2")(folder)  # which is not installed here, and not needed
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and describe(folder).fault is None
+    again = load_embedder(folder).model
+    assert again.config._attn_implementation == whole.config._attn_implementation
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_a_collapsed_model_is_reported_in_one_line(tmp_path, capsys):
