@@ -56,7 +56,7 @@ class ClipEmbedder(Encodes):
         folder = find_model(folder)
         with loading(folder):
             check_weights(folder)
-            model, found = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            model, found = AutoModel.from_pretrained(folder, config=read_config(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             check_complete(found, folder)
             check_finite(model.state_dict(), folder)
             return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
