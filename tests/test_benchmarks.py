@@ -284,7 +284,6 @@ def test_missing_pictures_are_counted_before_a_model_is_looked_for(real_data, tm
     (("--task", "sugarcrep", "--text-only"), "unknown task 'sugarcrep': use one of folder, " + ", ".join(TASKS)),
     (("--task", "coco", "--text-only"), "--text-only is for sugarcrepe, sugarcrepe_pp, pope"),
     (("--task", "coco", "--model", "m"), "give their folder with --images"),
-    (("--task", "coco", "--images", "i"), "give its folder with --model"),
     (("--task", "coco", "--model", "m", "--images", "i", "--split", "val"), "leave them out with --task coco"),
     (("--model", "m", "--text-only"), "name it with --task"),
     (("--task", "sugarcrepe", "--text-only"), "lacks replace_obj.json, replace_att.json"),

@@ -64,6 +64,10 @@ def test_what_is_left_out_is_said_in_one_line(folder):
     assert line.startswith("lvlm-research: left out: ") and "3.png: not a readable image" in line
 
 
+def test_data_is_read_before_a_model_is_asked_for(folder):
+    fails_in_one_line("evaluate", "--data", str(folder), says="no model: give its folder with --model")
+
+
 @pytest.mark.parametrize("line, says", [
     ('{"image": "images/none.png", "captions": ["x"]}', "line 9: image 'images/none.png' does not exist"),
     ('{"image": "images/0.png"', "line 9: not valid JSON"),

@@ -154,14 +154,14 @@ def test_half_precision_is_a_choice(pictures, tmp_path):
 @pytest.mark.parametrize("stored", ["video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json", None])
 def test_the_section_on_videos_is_the_bases(stored, tmp_path):
     base = tmp_path / "base"
-    embedder = micro("qwen2_vl", base, "zero-shot")
-    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "max_pixels": 1234}
+    embedder = micro("llava_onevision", base, "zero-shot")
+    videos = {"video_processor_type": "LlavaOnevisionVideoProcessor", "rescale_factor": 0.5}
     if stored == "processor_config.json":
         (base / stored).write_text(json.dumps(json.loads((base / stored).read_text()) | {"video_processor": videos}))
     elif stored:
         (base / stored).write_text(json.dumps(videos))
     config = json.loads((embedder.export(tmp_path / "out") / "processor_config.json").read_text())
-    assert config["video_processor"] == (videos if stored else {}) and config["processor_class"] == "Qwen2VLProcessor"
+    assert config["video_processor"] == (videos if stored else {}) and config["processor_class"] == "LlavaOnevisionProcessor"
 
 
 @pytest.mark.parametrize("stored", [lambda template: template, lambda template: {"default": template, "other": "x"}], ids=["one", "several"])
