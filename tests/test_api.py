@@ -705,5 +705,5 @@ def test_the_classes_name_a_damaged_folder_in_one_line(of, file, damage, tmp_pat
 def test_a_pickle_in_place_of_an_adapter_is_named(file, tmp_path):
     folder = shutil.copytree(ADAPTER, tmp_path / "adapter")
     (folder / file).write_bytes(pickle.dumps({"a": torch.zeros(2)}))
-    with pytest.raises(InputError, match="not a model that can embed"):
+    with pytest.raises(InputError, match=f"{file}: not a model with safetensors weights"):
         DiscriminativeLVLM.from_pretrained(folder)

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import lightning as L
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -171,8 +172,12 @@ def test_a_full_disk_ends_an_embedding_in_one_line_and_it_goes_on_once_there_is_
 
 def victims(folder) -> dict:
     "The processes of a run, by what they are."
-    kinds = {"--snakefile": "scheduler", "ipykernel_launcher": "kernel", "stage": "stage"}
-    return {kind: process for process in processes_of(folder) for word, kind in kinds.items() if word in process.cmdline()}
+    kinds, found = {"--snakefile": "scheduler", "ipykernel_launcher": "kernel", "stage": "stage"}, {}
+    for process in processes_of(folder):
+        with suppress(psutil.NoSuchProcess):  # gone since
+            words = process.cmdline()
+            found |= {kind: process for word, kind in kinds.items() if word in words}
+    return found
 
 
 @pytest.mark.skipif(not has_snakemake(), reason="the scheduler is not installed")
