@@ -95,8 +95,8 @@ def run_arm(
     for modality, encode in ARMS[arm](Path(folder)).items():
         items = inputs[modality][part::parts]
         encode(items[:warm])
-        before, cpu, clock = resident(), time.process_time(), time.perf_counter()
         forget_peak()
+        before, cpu, clock = resident(), time.process_time(), time.perf_counter()
         vectors = encode(items)
         row[modality] = {"items": len(items), "cpu seconds": time.process_time() - cpu, "seconds": time.perf_counter() - clock, "memory": resident(peak=True) - before}
         np.save(vectors_file(folder, arm, modality, part), vectors.numpy())
@@ -145,8 +145,8 @@ RECALL_ARMS = {"ours": retrieval_hits, "full matrix": full_matrix, "one-hot": on
 def run_recall(arm: str, images: int, width: int) -> dict:
     "Seconds and growth of peak memory (bytes) of one arm, its recall in percent, and a hash of what it says of every query."
     vectors = made_vectors(images, width)
-    before, cpu, clock = resident(), time.process_time(), time.perf_counter()
     forget_peak()
+    before, cpu, clock = resident(), time.process_time(), time.perf_counter()
     hits = RECALL_ARMS[arm](*vectors)
     counted = {"cpu seconds": time.process_time() - cpu, "seconds": time.perf_counter() - clock, "memory": resident(peak=True) - before}
     found = {f"{direction} R@{k}": values for direction, of in hits.items() for k, values in of.items()}
