@@ -638,6 +638,7 @@ def embed_and_predict(
     self,
     batch: Sequences,
     tokens: int | None = None,  # that the mean is over; None: those of this batch
+    predict: bool = True,  # False: the same passes, with a loss of 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Image embeddings and the next-token loss of the long captions (mean over their tokens), from one forward pass over each row."
     found, losses, head = [], [], language_head(self.model)
@@ -646,8 +647,9 @@ def embed_and_predict(
         predicts = F.pad(part.labels[:, 1:] != -100, (0, 1))
         states = self.forward(part, "image", predicts.scatter(1, part.last[:, None], True))
         found.append((index, states[torch.arange(len(states)), part.last]))
-        losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
-    losses = torch.cat(losses)
+        if predict:
+            losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
+    losses = torch.cat(losses) if predict else torch.zeros(0, device=self.device)
     return F.normalize(in_order(found).float(), dim=-1), losses.sum() / max(len(losses) if tokens is None else tokens, 1)
 
 

@@ -22,15 +22,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .config import InputError, read_object, write_text
-from .large_batches import instead_of_tower
+from .large_batches import UNREAD, instead_of_tower
 
 # %% auto #0
 __all__ = ['DTYPES', 'ENTRY', 'FORMAT', 'tower_hash', 'FeatureCache', 'kept_features']
 
 # %% ../nbs/08b_feature_cache.ipynb #ca90a0ae
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ENTRY = struct.Struct("<16s4q")  # key, first byte, tokens, width, number of the dtype
-FORMAT = 1  # raised when files of before can no longer be read
+ENTRY = struct.Struct("<16s5q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor
+FORMAT = 2  # raised when files of before can no longer be read
 
 
 def tower_hash(model: PreTrainedModel) -> str:
@@ -52,7 +52,7 @@ class FeatureCache:
         pictures = hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest()
         self._claim({"format": FORMAT, "model": tower_hash(model), "processor": pictures})
         self.data, self.index = (self.folder / f"{name}-{rank_zero_only.rank}.bin" for name in ("tokens", "index"))
-        self.places, self.maps = {}, {}  # by key: file, first byte, tokens, width, dtype; by file: its bytes
+        self.places, self.maps, self.stacked = {}, {}, False  # by key: file, first byte, tokens, width, dtype; by file: its bytes
         for index in sorted(self.folder.glob("index-*.bin")):
             whole = self._read(index)
             if index == self.index:
@@ -80,7 +80,7 @@ class FeatureCache:
         data, entries = index.with_name(index.name.replace("index", "tokens")), index.read_bytes()
         size = data.stat().st_size if data.is_file() else 0
         for at in range(0, len(entries) - ENTRY.size + 1, ENTRY.size):
-            key, first, tokens, width, dtype = ENTRY.unpack_from(entries, at)
+            key, first, tokens, width, dtype, self.stacked = ENTRY.unpack_from(entries, at)
             if first + tokens * width * DTYPES[dtype].itemsize > size:
                 return at
             self.places[key] = (data, first, tokens, width, DTYPES[dtype])
@@ -103,38 +103,48 @@ class FeatureCache:
                 first = file.tell()
                 file.write(tokens.view(torch.uint8).numpy())
             with open(self.index, "ab") as file:
-                file.write(ENTRY.pack(key, first, *tokens.shape, DTYPES.index(tokens.dtype)))
+                file.write(ENTRY.pack(key, first, *tokens.shape, DTYPES.index(tokens.dtype), self.stacked))
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}); free some space, or leave 'feature_cache' out") from None
         self.places[key] = (self.data, first, *tokens.shape, tokens.dtype)
 
 # %% ../nbs/08b_feature_cache.ipynb #f78edcbd
-def _key(pixels: torch.Tensor, **more: torch.Tensor) -> bytes:
-    "Hash of what the tower reads of a picture."
-    said = (tuple(pixels.shape), str(pixels.dtype), {name: value.tolist() for name, value in more.items()})
+def _precision(model: PreTrainedModel) -> torch.dtype:
+    "That the tower computes in."
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+
+
+def _key(pixels: torch.Tensor, precision: torch.dtype, **more: torch.Tensor) -> bytes:
+    "Hash of what the tower reads of a picture, and of the precision of what it makes of it."
+    said = (tuple(pixels.shape), str(pixels.dtype), str(precision), {name: value.tolist() for name, value in more.items()})
     return hashlib.blake2b(repr(said).encode() + pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
 
 
 @contextmanager
 def kept_features(folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin) -> Iterator[FeatureCache]:
-    "Inside, image tokens of the frozen tower come from the folder, and new ones go into it; InputError for a family whose tower gives more than tokens of each picture."
+    "Inside, image tokens of the frozen tower come from the folder, and new ones go into it; InputError for a family whose tower reads more than pixels, or gives more than tokens of each picture."
     cache, made = FeatureCache(folder, model, processor), model.model.get_image_features
     names = list(inspect.signature(made).parameters)
 
     def get_image_features(*args, **kwargs) -> BaseModelOutputWithPooling:
         given = dict(zip(names, args)) | kwargs
+        if more := [name for name in ("image_sizes", "pixel_attention_mask") if given.get(name) is not None]:
+            raise InputError(f"{model.config.model_type}: its tower reads {more[0]} besides pixels; train it without 'feature_cache'")
         pixels, grid = given["pixel_values"], given.get("image_grid_thw")
         pictures = pixels.split(1 if grid is None else grid.prod(1).tolist())
-        keys = [_key(picture, **({} if grid is None else {"grid": grid[i]})) for i, picture in enumerate(pictures)]
+        keys = [_key(picture, _precision(model), **({} if grid is None else {"grid": grid[i]})) for i, picture in enumerate(pictures)]
         if new := list({key: i for i, key in enumerate(keys) if key not in cache}.values()):
             output = made(**given | {"pixel_values": torch.cat([pictures[i] for i in new])} | ({} if grid is None else {"image_grid_thw": grid[new]}))
-            tokens = list(output.pooler_output)
-            if "deepstack_features" in output or len(tokens) != len(new) or any(t.ndim != 2 for t in tokens):
+            found = getattr(output, "pooler_output", ())
+            tokens, cache.stacked = list(found), torch.is_tensor(found)
+            if set(output) - {"pooler_output", *UNREAD} or len(tokens) != len(new) or any(t.ndim != 2 for t in tokens):
                 raise InputError(f"{model.config.model_type}: its tower gives more than the tokens of each picture; train it without 'feature_cache'")
             for i, t in zip(new, tokens):
                 cache[keys[i]] = t
+        known = [cache[key].to(pixels.device) for key in keys]
         output = BaseModelOutputWithPooling()
-        output.pooler_output = [cache[key].to(pixels.device) for key in keys]
+        output.pooler_output = torch.stack(known) if cache.stacked else known
         return output
 
     try:

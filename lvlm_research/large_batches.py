@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .config import InputError
 
 # %% auto #0
-__all__ = ['cached_loss', 'processes', 'own_share', 'everyones', 'total', 'instead_of_tower', 'remembered']
+__all__ = ['UNREAD', 'cached_loss', 'processes', 'own_share', 'everyones', 'total', 'instead_of_tower', 'without_states',
+           'remembered']
 
 # %% ../nbs/08a_large_batches.ipynb #10d51dbc
 def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -121,6 +123,14 @@ def instead_of_tower(
             inner.get_image_features = before
 
 
+UNREAD = ("last_hidden_state", "hidden_states", "attentions")  # of what a tower returns, by any language model
+
+
+def without_states(output):
+    "What a tower returns, without the states that are not read: several times as large as the tokens."
+    return type(output)(**{name: value for name, value in output.items() if name not in UNREAD}) if isinstance(output, ModelOutput) else output
+
+
 @contextmanager
 def remembered(
     model: PreTrainedModel,
@@ -132,7 +142,7 @@ def remembered(
     def get_image_features(*args, **kwargs):
         if known:
             return features.pop(0)
-        features.append(made(*args, **kwargs))
+        features.append(without_states(made(*args, **kwargs)))
         return features[-1]
 
     with instead_of_tower(model, get_image_features):

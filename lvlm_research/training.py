@@ -117,7 +117,7 @@ class Discriminative(FitModule):
         def part() -> tuple[torch.Tensor, torch.Tensor]:
             with remembered(self.embedder.model, features):
                 if torch.is_grad_enabled() or draws_random_numbers(self.embedder):
-                    image, next_token = self.embedder.embed_and_predict(chunk, tokens)
+                    image, next_token = self.embedder.embed_and_predict(chunk, tokens, predict=torch.is_grad_enabled())
                     return image, self.ar_weight * processes() * next_token
                 return self.embedder.embed(chunk.prompts(), "image"), torch.zeros(())
 

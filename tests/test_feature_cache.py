@@ -11,11 +11,14 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
 from conftest import CHECKPOINTS
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.feature_cache import ENTRY, FeatureCache, kept_features
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
+from lvlm_research.properties import noise_pictures
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
+from lvlm_research.zoo import MICRO_FAMILIES, micro_family
 
 TOWERS = ("CLIPVisionModel", "Qwen2VisionTransformerPretrainedModel")
 
@@ -125,3 +128,38 @@ def test_a_folder_in_use_or_of_something_else_is_refused(llava, tmp_path):
         with pytest.raises(InputError, match="is there already, and holds no image tokens"):
             FeatureCache(place, model, processor)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", MICRO_FAMILIES)
+def test_every_family_embeds_from_kept_tokens_or_says_that_it_cannot(name, tmp_path):
+    "New, partly known, all known, and all known in a process that has never asked the tower."
+    torch.manual_seed(0)
+    for part in micro_family(name, world_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    lvlm = DiscriminativeLVLM.from_pretrained(tmp_path / "base")
+    model, processor, pictures = lvlm.model, lvlm.templates.processor, [picture.resize((64, 64)) for picture in noise_pictures()]
+    batches = [pictures[:1], pictures[:2], pictures, pictures[::-1]]
+    embed = lambda batch: lvlm.embed(lvlm.templates.image(batch), "image")
+    with torch.inference_mode():
+        expected = [embed(batch) for batch in batches]
+        try:
+            with kept_features(tmp_path / "kept", model, processor):
+                found = [embed(batch) for batch in batches]
+        except InputError as error:
+            assert name not in ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "internvl") and "train it without 'feature_cache'" in str(error)
+            return
+        with kept_features(tmp_path / "kept", model, processor):
+            found.append(embed(pictures[:2]))
+    for a, b in zip(found, [*expected, expected[1]]):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_tokens_of_another_precision_are_never_taken(base, tmp_path):
+    sequences = base.templates.image(noise_pictures()[:2])
+    with torch.inference_mode():
+        expected = base.embed(sequences, "image")
+        with kept_features(tmp_path / "kept", base.model, base.templates.processor) as cache:
+            with torch.autocast("cpu", torch.bfloat16):
+                base.embed(sequences, "image")
+            half = len(cache.places)
+            assert torch.equal(base.embed(sequences, "image"), expected) and len(cache.places) == 2 * half
