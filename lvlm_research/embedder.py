@@ -490,11 +490,12 @@ class FusedLora(LoraLinear):
         return _LoraProduct.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
 
 
-def fuse_lora(model: nn.Module) -> None:
-    "Let peft's plain LoRA layers compute as `FusedLora`."
+def fuse_lora(model: nn.Module, on: bool = True) -> None:
+    "Let peft's plain LoRA layers compute as `FusedLora`, or as they are."
+    before, after = (LoraLinear, FusedLora) if on else (FusedLora, LoraLinear)
     for module in model.modules():
-        if type(module) is LoraLinear:
-            module.__class__ = FusedLora
+        if type(module) is before:
+            module.__class__ = after
 
 # %% ../nbs/06_embedder.ipynb #71d92cf8
 FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
@@ -544,6 +545,16 @@ class DiscriminativeLVLM(Encodes, nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def levers(self) -> Levers:
+        "What is left out or computed once (notebook 05d)."
+        return self._levers
+
+    @levers.setter
+    def levers(self, levers: Levers) -> None:
+        self._levers = levers
+        fuse_lora(self.model, levers.fused_lora)
+
     def add_soft_prompts(self) -> "DiscriminativeLVLM":
         "Make both prompt spans learnable, starting from the embeddings of their own tokens (VladVA section 3)."
         self.soft_prompts = SoftPrompts(**self._hand_prompt())
@@ -566,7 +577,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
             raise InputError("this embedder has LoRA already; load the base again to begin anew")
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
-        fuse_lora(self.model)
+        fuse_lora(self.model, self.levers.fused_lora)
         return self
 
 # %% ../nbs/06_embedder.ipynb #65be797e
@@ -897,7 +908,7 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
         try:
             inject_adapter_in_model(self.lora, self.model)
-            fuse_lora(self.model)
+            fuse_lora(self.model, self.levers.fused_lora)
             loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
         except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
             raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None

@@ -30,11 +30,12 @@ class Levers:
     shared_prefix: bool = True  # what the template writes before the content is computed once, not once a row
     length_groups: bool = True  # rows of about the same length go together, so that little is padded
     unique: bool = True  # equal texts of a batch are embedded once
+    fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 06)
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
     pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
 
 
-PLAIN = Levers(False, False, False, False, False)
+PLAIN = Levers(False, False, False, False, False, False)
 
 # %% ../nbs/05d_levers.ipynb #168851a5
 def _row_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
@@ -32,8 +31,9 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 from transformers.utils import logging as hf_logging
 
 from .backbones import Qwen2VLPictureProcessor, quiet_loading, token_types
+from .costs import FlopsByPart
 from .datasets import JointBatch, Pair, joint_batches
-from .embedder import DiscriminativeLVLM, FusedLora, Sequences
+from .embedder import DiscriminativeLVLM, Sequences
 from .export import without_torchvision
 from .levers import PLAIN, Levers
 from .losses import info_nce
@@ -45,8 +45,8 @@ from .vectors import nearest
 __all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'PUBLISHED', 'CHAT', 'RIVALS',
            'OURS', 'CONTRASTIVE', 'TASKS', 'proportioned_base', 'proportioned', 'made_pairs', 'peer_style', 'lean',
            'lean_one_pass', 'ours', 'as_if_in_training', 'contrastive', 'resident', 'forget_peak', 'joint', 'own',
-           'gradients_of', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process', 'race',
-           'ratios']
+           'gradients_of', 'operations', 'largest_difference', 'measured', 'run_arm', 'run_search', 'in_fresh_process',
+           'race', 'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -135,12 +135,15 @@ def made_pairs(
     count: int,
     seed: int = 0,
     tokens: int = 0,  # of every long caption; 0: as many as real ones have
+    repeated: float = 0.0,  # share of the short captions that have come before
 ) -> list[Pair]:
     "Pictures of noise with captions of random words, as long as real ones."
     rng = np.random.default_rng(seed)
     length = lambda quantiles: int(TOKENS_A_WORD * np.interp(rng.random(), np.linspace(0, 1, len(quantiles)), quantiles))
     words = lambda number: " ".join(f"w{i}" for i in rng.integers(10, 2000, number))
-    return [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(length(SHORT_WORDS)), words(tokens or length(LONG_WORDS))) for _ in range(count)]
+    pairs = [Pair(rng.integers(0, 256, (64, 64, 3), np.uint8), words(length(SHORT_WORDS)), words(tokens or length(LONG_WORDS))) for _ in range(count)]
+    first = count - int(repeated * count)
+    return pairs[:first] + [replace(pair, short=before.short) for pair, before in zip(pairs[first:], pairs)]
 
 # %% ../nbs/19_rivals.ipynb #00cd4e93
 def _with_soft_prompts(lvlm: DiscriminativeLVLM, batch: Sequences, modality: str, call: Callable):
@@ -264,17 +267,19 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def joint(arm: str, family: str, batch: int) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
+def joint(
+    arm: str,  # of RIVALS or OURS
+    family: str,
+    batch: int,
+    repeated: float = 0.0,  # share of the short captions that have come before
+    shrink: int = 1,
+) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The joint step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = as_if_in_training(proportioned(family).train())
-    if arm in RIVALS:
-        for module in lvlm.modules():
-            if isinstance(module, FusedLora):
-                module.__class__ = LoraLinear
+    lvlm = as_if_in_training(proportioned(family, shrink=shrink).train())
     lvlm.levers = OURS.get(arm, PLAIN)
     temperature = torch.nn.Parameter(torch.tensor(10.0))
-    pairs = joint_batches(lvlm.templates, lambda step: made_pairs(batch, step))(0)
+    pairs = joint_batches(lvlm.templates, lambda step: made_pairs(batch, step, repeated=repeated))(0)
     prompts, step = pairs.image.prompts(), RIVALS.get(arm, ours)
     trained = {**{n: p for n, p in lvlm.named_parameters() if p.requires_grad}, "scale": temperature}
     return lambda: step(lvlm, pairs, prompts, temperature), trained
@@ -307,6 +312,14 @@ def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **optio
     loss = step()
     loss.backward()
     return {"loss": loss.detach()[None], **{n: p.grad for n, p in trained.items()}}
+
+
+def operations(arm: str, family: str, batch: int, **options) -> int:
+    "Floating-point operations of one joint step, forward and backward."
+    step, _ = joint(arm, family, batch, **options)
+    with FlopsByPart({}) as counter:
+        step().backward()
+    return sum(counter.flops.values())
 
 
 def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -3,9 +3,11 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches
+from lvlm_research.embedder import FusedLora
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.rivals import FAMILIES, made_pairs, proportioned
 from lvlm_research.training import Discriminative
@@ -83,6 +85,9 @@ def test_the_levers_do_what_they_say(step):
     real = int(batch.image.attention_mask.sum() + batch.text.attention_mask.sum())
     assert counts["length_groups"]["first"] == real < counts["plain"]["first"]  # a pass costs next to nothing here, so nothing is padded
     assert counts["plain"]["first"] - counts["unique"]["first"] == batch.text.input_ids.shape[1]
+    for on, kind in ((True, FusedLora), (False, LoraLinear)):
+        lvlm.levers = replace(PLAIN, fused_lora=on)
+        assert {type(module) for module in lvlm.modules() if isinstance(module, LoraLinear)} == {kind}
 
 
 @pytest.mark.parametrize("cache_rows", [0, 3])
