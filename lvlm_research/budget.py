@@ -89,17 +89,18 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 def suggestion(
     need: Needs,
     free: int,
-    most: int | None = None,  # rows that are suggested at most; None: as many as fit
+    most: int | None = None,  # rows that are suggested at most, where more have run out of memory, so that the estimate was too low; None: as many as fit
 ) -> str:
-    "The setting that fits, in words."
+    "The setting that fits, or that is to be tried next, in words."
+    word = "fits" if most is None else "is the next to try"
     within = lambda bytes_: bytes_ <= MARGIN * free
     rows = _largest(lambda n: within(need.of(need.pairs, n)), need.pairs if most is None else most) if need.can_cut else 0
     if rows:
-        return f'"cache_rows": {rows} in the config fits (about {amount(need.of(need.pairs, rows), "B")}), with the same gradients'
+        return f'"cache_rows": {rows} in the config {word} (about {amount(need.of(need.pairs, rows), "B")}), with the same gradients'
     pairs = _largest(lambda n: within(need.of(n, int(need.can_cut))), need.pairs if most is None else need.pairs // 2)
     if pairs:
         also = ' and "cache_rows": 1' if need.can_cut else ""
-        return f'"batch": {need.processes * pairs}{also} in the config fits (about {amount(need.of(pairs, int(need.can_cut)), "B")})'
+        return f'"batch": {need.processes * pairs}{also} in the config {word} (about {amount(need.of(pairs, int(need.can_cut)), "B")})'
     return f"not even one pair fits ({amount(need.of(1, int(need.can_cut)), 'B')}); take a smaller model, half precision or a larger machine"
 
 
@@ -117,7 +118,7 @@ def naming_what_fits(
     free: int | None,  # bytes, before the training
     cache_rows: int = 0,
 ) -> Iterator[None]:
-    "Inside, a device that runs out of memory ends in InputError with the setting that fits."
+    "Inside, a device that runs out of memory ends in InputError with the setting to try next."
     try:
         yield
     except (RuntimeError, MemoryError) as error:

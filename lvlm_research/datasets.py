@@ -129,7 +129,7 @@ def joint_batches(
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
         number = torch.tensor([_number(s) for s in short], dtype=torch.int64)
-        return JointBatch(image, templates.text(short) if short else None, torch.tensor([t is not None for t in texts]), number,
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([bool(t) for t in texts]), number,
                           tuple(p.where for p in batch if p.where))
 
     return draw
