@@ -35,20 +35,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
-from .config import InputError, available_cores, find_model, method_of, read_object
+from .config import InputError, available_cores, check_file, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .levers import Levers, common_prefix, keeps_tokens, lean_states, length_groups
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM', 'CONFIG_NAME',
-           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image', 'name_of',
-           'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct', 'shortened',
-           'Encodes', 'FusedLora', 'fuse_lora', 'folded', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward',
-           'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding',
-           'count_cut', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of',
-           'save_pretrained', 'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM',
+           'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image',
+           'name_of', 'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct',
+           'shortened', 'Encodes', 'FusedLora', 'fuse_lora', 'folded', 'trunk_linear_names', 'DiscriminativeLVLM',
+           'forward', 'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared',
+           'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
+           'base_of', 'save_pretrained', 'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -193,6 +193,8 @@ class Templates:
 Picture = str | Path | bytes | Image.Image | np.ndarray  # a path, an undecoded file, a PIL image, or an array
 ALPHA = ("LA", "PA", "RGBA", "RGBa")  # PIL's modes
 SMALLEST_SIDE, LARGEST_ASPECT = 4, 200
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow; some of its others start programs (EPS starts Ghostscript)
+PICTURE = 2**28  # bytes of an undecoded picture
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
@@ -225,10 +227,15 @@ def open_image(
     name = name or (str(picture) if isinstance(picture, (str, Path)) else f"a picture given as {type(picture).__name__}")
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture, name)
+    if isinstance(picture, (str, Path)) and os.path.exists(picture):
+        check_file(picture)  # a pipe would never end
+    size = len(picture) if isinstance(picture, bytes) else os.path.getsize(picture) if isinstance(picture, (str, Path)) and os.path.exists(picture) else 0
+    if size > PICTURE:
+        raise InputError(f"{name}: has {size:,} bytes; is this a picture?")
     try:
         if isinstance(picture, Image.Image):
             return _as_seen(picture)
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
             return _as_seen(image)
     except FileNotFoundError:
         raise InputError(f"{name}: no such image; check the path") from None

@@ -30,11 +30,11 @@ from datasets import Dataset, DatasetInfo
 
 from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
 from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
-from .embedder import open_image
+from .embedder import PICTURE, open_image
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
-__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'PICTURE', 'UNPACKED',
+__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'UNPACKED',
            'PICTURES_OF_A_GROUP', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines', 'read_coco',
            'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise', 'read_records',
            'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
@@ -219,7 +219,6 @@ def _sample(where: str, image: str | None, at: Sequence[int], texts: dict[str, C
     return _row(where, _captions(values, where, fields), image, at, _labels(values, fields))
 
 
-PICTURE = 2**28  # bytes of a picture in an archive
 
 
 def _check_sizes(parts: dict[str, int], where: str) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from .config import write_beside
+from .config import visible, write_beside
 from .reproduce import join_intervals
 
 # %% auto #0
@@ -56,8 +56,8 @@ def contact_sheet(rows: list[tuple[str, list[tuple[Image.Image, str]]]], size: f
             ax.axis("off")
         for ax, (picture, text) in zip(line, pictures):
             ax.imshow(picture)
-            ax.set_title(text, fontsize=7)
-        line[0].text(0, 1.25, textwrap.shorten(name, 60 * columns // 4), transform=line[0].transAxes, fontsize=9, weight="bold")
+            ax.set_title(visible(text), fontsize=7, parse_math=False)
+        line[0].text(0, 1.25, visible(textwrap.shorten(name, 60 * columns // 4)), transform=line[0].transAxes, fontsize=9, weight="bold", parse_math=False)
     figure.subplots_adjust(hspace=0.55, wspace=0.08)
     return figure
 

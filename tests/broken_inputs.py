@@ -240,7 +240,7 @@ BOMB = PNG[:8] + png_chunk(b"IHDR", (60_000).to_bytes(4, "big") * 2 + b"\x08\x02
 PICTURES = [file_case("image", "x.png", content, "x.png: not a readable image", what) for content, what in (
     (b"", "no bytes"), (b"a star", "a text"), (PNG[:400], "a picture cut in the middle"), (PNG[:20] + b"\xff" * 20 + PNG[40:], "a damaged header"),
     (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "a drawing with a script"), (b"GIF89a\xff\xff\xff\xff", "the beginning of a GIF"),
-)] + [file_case("image", "x.png", BOMB, "x.png: too large", "sixty thousand pixels square in three kilobytes"), Case("image: no file", "image", lambda folder: None, "no such image", "x.png"), Case("image: a folder", "image", lambda folder: (folder / "x.png").mkdir(), "not a readable image", "x.png")]
+)] + [file_case("image", "x.png", BOMB, "x.png: too large", "sixty thousand pixels square in three kilobytes"), Case("image: no file", "image", lambda folder: None, "no such image", "x.png"), Case("image: a folder", "image", lambda folder: (folder / "x.png").mkdir(), "it is a folder", "x.png")]
 
 # ---- benchmarks
 

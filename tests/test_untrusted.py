@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from broken_inputs import PNG, captions, edit, tensors, write
 from conftest import CHECKPOINTS
@@ -16,9 +17,11 @@ from lvlm_research.cli import main
 from lvlm_research.config import InputError, visible
 from lvlm_research.datasets import joint_batches, read_folder
 from lvlm_research.doctor import describe
+from lvlm_research.embedder import open_image
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.fitting import FitModule, fit
 from lvlm_research.formats import data_report, read_records, record_pairs
+from lvlm_research.plotting import contact_sheet
 from lvlm_research.reproduce import write_report
 from lvlm_research.training import Discriminative
 
@@ -207,3 +210,29 @@ class Big(Line):
     def __init__(self):
         super().__init__()
         self.more = torch.nn.Parameter(torch.zeros(10**4))
+
+
+def test_a_picture_that_is_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.png: cannot be read .it is a pipe"):
+        open_image(tmp_path / "a.png")
+
+
+def test_a_picture_of_a_gigabyte_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.write(b"RIFF\xff\xff\xff\x3fWEBPVP8 ")
+        file.truncate(2**30)
+    with pytest.raises(InputError, match="a.png: has 1,073,741,824 bytes; is this a picture"):
+        open_image(tmp_path / "a.png")
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="a.png: not a readable image .cannot identify"):
+        open_image(tmp_path / "a.png")
+
+
+def test_a_caption_over_a_picture_is_no_formula(tmp_path):
+    figure = contact_sheet([("$a_$ \x1b[31m", [(Image.new("RGB", (9, 9)), "$b_$ \u202e")])])
+    figure.savefig(tmp_path / "sheet.svg")
+    assert "\u202e" not in (tmp_path / "sheet.svg").read_text(encoding="utf-8")
