@@ -227,9 +227,10 @@ def open_image(
     name = name or (str(picture) if isinstance(picture, (str, Path)) else f"a picture given as {type(picture).__name__}")
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture, name)
+    size = len(picture) if isinstance(picture, bytes) else 0
     if isinstance(picture, (str, Path)) and os.path.exists(picture):
         check_file(picture)  # a pipe would never end
-    size = len(picture) if isinstance(picture, bytes) else os.path.getsize(picture) if isinstance(picture, (str, Path)) and os.path.exists(picture) else 0
+        size = os.path.getsize(picture)
     if size > PICTURE:
         raise InputError(f"{name}: has {size:,} bytes; is this a picture?")
     try:

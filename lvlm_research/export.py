@@ -27,7 +27,7 @@ from transformers.models.auto import processing_auto
 from .backbones import PREFIX_ATTENTION
 from .config import InputError, find_model
 from .embedder import DiscriminativeLVLM, Templates
-from .families import picture_processor
+from .families import SAME_FOR_PICTURES, picture_processor
 from .prompts import PROMPT_TOKEN
 
 # %% auto #0
@@ -111,7 +111,7 @@ def _chat_template(original: str, image: str, before: str, after: str) -> str:
 
 PICTURES_ALONE = {  # a processor that reads videos too, and so wants torchvision -> one of transformers that lays out pictures as it does, and wants none
     **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Glm4vProcessor"), "PaddleOCRVLProcessor"),
-    "SmolVLMProcessor": "Idefics3Processor", "LlavaNextVideoProcessor": "LlavaNextProcessor"}
+    **{name: kind.__name__ for name, kind in SAME_FOR_PICTURES.items() if hasattr(transformers, kind.__name__)}}
 
 
 def _with_prompts(

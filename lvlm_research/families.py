@@ -26,9 +26,9 @@ from .backbones import quiet_loading
 from .config import InputError, find_model, read_object
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor', 'read_config',
-           'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite', 'check_complete',
-           'check_headers', 'load_lvlm']
+__all__ = ['SAME_FOR_PICTURES', 'PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor',
+           'read_config', 'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite',
+           'check_complete', 'check_headers', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -51,12 +51,12 @@ class PixtralPictures(ProcessorMixin):
         return self.image_break_token.join([self.image_token * columns] * rows) + self.image_end_token
 
 
-_SAME_FOR_PICTURES = {"PixtralProcessor": PixtralPictures, "SmolVLMProcessor": Idefics3Processor, "LlavaNextVideoProcessor": LlavaNextProcessor}
+SAME_FOR_PICTURES = {"PixtralProcessor": PixtralPictures, "SmolVLMProcessor": Idefics3Processor, "LlavaNextVideoProcessor": LlavaNextProcessor}
 
 
 def picture_processor(name: str) -> type[ProcessorMixin]:
     "The processor class of that name, for pictures and text alone; a name that transformers does not know raises InputError."
-    original = _SAME_FOR_PICTURES.get(name) or processor_class_from_name(name)
+    original = SAME_FOR_PICTURES.get(name) or processor_class_from_name(name)
     if original is None:
         raise InputError(f"transformers {transformers_version} has no processor {name}; use a newer transformers, or a folder saved by this one")
     methods = {"__module__": __name__}
