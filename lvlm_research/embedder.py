@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -26,29 +25,28 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_states
 from .config import InputError, available_cores, check_file, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
-from .levers import Levers, common_prefix, keeps_tokens, lean_states, length_groups
+from .fused import folded, fuse
+from .levers import Levers, common_prefix, keeps_tokens, lean_states, length_groups, packed_groups, packs
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'READERS', 'FOLDED_BYTES', 'KEPT_FROM',
-           'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image',
-           'name_of', 'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct',
-           'shortened', 'Encodes', 'FusedLora', 'fuse_lora', 'folded', 'trunk_linear_names', 'DiscriminativeLVLM',
-           'forward', 'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared',
-           'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash',
-           'base_of', 'save_pretrained', 'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'READERS', 'KEPT_FROM', 'CONFIG_NAME',
+           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image', 'name_of',
+           'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct', 'shortened',
+           'Encodes', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out',
+           'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate',
+           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'export',
+           'adapter_config', 'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -437,98 +435,6 @@ def _words(texts: list) -> list[str]:
             raise InputError(f"caption {index} holds half a character (a lone surrogate): correct it, or leave it out") from None
     return texts
 
-# %% ../nbs/06_embedder.ipynb #1d075d06
-class _LoraProduct(torch.autograd.Function):
-    "`x W' + bias + scale (x A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; all of one dtype."
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        rows, thin = x.flatten(0, -2), None
-        ctx.scale, ctx.summed = scale, x.dtype == torch.float32 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
-        if ctx.summed:
-            found = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
-        else:
-            thin = rows @ a.T
-            found = F.linear(rows, weight, bias).addmm_(thin, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, thin)
-        return found.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
-        x, weight, a, b, thin = ctx.saved_tensors
-        rows, to_x, to_a, to_b = x.flatten(0, -2), None, None, None
-        with torch.autocast(x.device.type, enabled=False):
-            gradient = gradient.flatten(0, -2)
-            through_b = (gradient @ b).mul_(ctx.scale)
-            if ctx.needs_input_grad[0]:
-                to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else (gradient @ weight).addmm_(through_b, a)
-                to_x = to_x.unflatten(0, x.shape[:-1])
-            if ctx.needs_input_grad[3]:
-                to_a = through_b.T @ rows
-            if ctx.needs_input_grad[4]:
-                to_b = ((rows @ a.T if thin is None else thin).T @ gradient).mul_(ctx.scale).T  # a product with few rows is faster than one with few columns
-        return to_x, None, None, to_a, to_b, None
-
-
-def _is_plain(layer: LoraLinear) -> bool:
-    "Whether a layer is a frozen linear layer with one LoRA adapter and nothing else: no DoRA, no bias of its own, no hook."
-    base, names = layer.get_base_layer(), layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
-        return False
-    if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or any(p.requires_grad for p in base.parameters()):
-        return False
-    return names[0] not in layer.lora_variant and layer.lora_B[names[0]].bias is None
-
-
-class FusedLora(LoraLinear):
-    "A LoRA layer of peft that computes as one operation where it is plain LoRA, without dropout and autocast; elsewhere it is peft's own."
-
-    def _fuses(self, x: torch.Tensor) -> bool:
-        kind = x.device.type
-        if x.ndim < 2 or not _is_plain(self) or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return False
-        name = self.active_adapters[0]
-        return isinstance(self.lora_dropout[name], nn.Identity) and x.dtype == self.get_base_layer().weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if args or kwargs or not self._fuses(x):
-            return super().forward(x, *args, **kwargs)
-        base, name = self.get_base_layer(), self.active_adapters[0]
-        return _LoraProduct.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-
-
-def fuse_lora(model: nn.Module, on: bool = True) -> None:
-    "Let peft's plain LoRA layers compute as `FusedLora`, or as they are."
-    before, after = (LoraLinear, FusedLora) if on else (FusedLora, LoraLinear)
-    for module in model.modules():
-        if type(module) is before:
-            module.__class__ = after
-
-# %% ../nbs/06_embedder.ipynb #71d92cf8
-FOLDED_BYTES = 2**31  # of weights that may be in memory twice while a list is encoded
-
-
-def _with_update(layer: LoraLinear) -> torch.Tensor:
-    "The weight of a LoRA layer with its update added."
-    weight = layer.get_base_layer().weight
-    return weight + layer.get_delta_weight(layer.active_adapters[0]).to(weight.dtype)
-
-
-@contextmanager
-def folded(model: nn.Module) -> Iterator[None]:
-    "Inside, plain LoRA layers in full precision compute with the sum of weight and update, made once; not in training, and not if the sums take more than `FOLDED_BYTES`."
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.training and _is_plain(m) and m.get_base_layer().weight.dtype == torch.float32]
-    if sum(layer.get_base_layer().weight.nbytes for layer in layers) > FOLDED_BYTES:
-        layers = []
-    for layer in layers:
-        layer.forward = partial(F.linear, weight=_with_update(layer), bias=layer.get_base_layer().bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-
 # %% ../nbs/06_embedder.ipynb #df43f09c
 def trunk_linear_names(model: nn.Module) -> list[str]:
     "Full names of the linear layers of the language model: where LoRA goes. The head, the projector and the vision tower are left alone."
@@ -561,7 +467,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
     @levers.setter
     def levers(self, levers: Levers) -> None:
         self._levers = levers
-        fuse_lora(self.model, levers.fused_lora)
+        fuse(self.model, levers)
 
     def add_soft_prompts(self) -> "DiscriminativeLVLM":
         "Make both prompt spans learnable, starting from the embeddings of their own tokens (VladVA section 3)."
@@ -585,7 +491,7 @@ class DiscriminativeLVLM(Encodes, nn.Module):
             raise InputError("this embedder has LoRA already; load the base again to begin anew")
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=trunk_linear_names(self.model), bias="none")
         inject_adapter_in_model(self.lora, self.model)
-        fuse_lora(self.model, self.levers.fused_lora)
+        fuse(self.model, self.levers)
         return self
 
 # %% ../nbs/06_embedder.ipynb #65be797e
@@ -598,21 +504,44 @@ def forward(
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of a batch, right where they are read."
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
-    sees_ahead = self.model.config.model_type in PREFIX_ATTENTION or batch.vision and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
-    share = rows is not None and self.levers.shared_prefix and not sees_ahead and keeps_tokens(self.model)
+    share = rows is not None and self.levers.shared_prefix and not self._sees_ahead(batch) and keeps_tokens(self.model)
     price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row
     shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, price) if share else 0
-    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept)
+    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept, self._packs(batch))
+
+
+@method_of(DiscriminativeLVLM)
+def _sees_ahead(self, batch: Sequences) -> bool:
+    "Whether the family's attention is not causal for such rows."
+    return self.model.config.model_type in PREFIX_ATTENTION or bool(batch.vision) and "token_type_ids" in inspect.signature(self.model.model.forward).parameters
+
+
+@method_of(DiscriminativeLVLM)
+def _packs(self, batch: Sequences) -> bool:
+    "Whether such rows go through the model as one, without padding."
+    return self.levers.packed and not self._sees_ahead(batch) and packs(self.model, batch.input_ids.shape[1])
+
+
+@method_of(DiscriminativeLVLM)
+def _cut(
+    self,
+    batch: Sequences,
+    most: int | None = None,  # rows of a part
+    tokens: int | None = None,  # of a part
+) -> list[torch.Tensor]:
+    "Rows that go through the model together, by length, so that little is padded."
+    lengths = batch.attention_mask.sum(1).tolist()
+    groups = packed_groups(lengths, most, tokens) if self._packs(batch) else length_groups(lengths, self.levers.pass_price, most, tokens)
+    return [torch.from_numpy(group) for group in groups]
 
 
 @method_of(DiscriminativeLVLM)
 def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
     "(rows, their sequences) that go through the model together."
-    if batch.together or not (self.levers.length_groups and batch.has_rows()):
+    if batch.together or not (self.levers.length_groups or self._packs(batch)) or not batch.has_rows():
         return [(torch.arange(len(batch.last)), batch)]
-    most = None if torch.is_grad_enabled() or self.device.type != "cpu" else self.levers.pass_tokens
-    groups = [torch.from_numpy(g) for g in length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price, tokens=most)]
-    return [(index, batch.rows(index)) for index in groups]
+    tokens = None if torch.is_grad_enabled() or self.device.type != "cpu" else self.levers.pass_tokens
+    return [(index, batch.rows(index)) for index in self._cut(batch, tokens=tokens)]
 
 
 @method_of(DiscriminativeLVLM)
@@ -620,8 +549,7 @@ def chunks(self, batch: Sequences, most: int) -> list[tuple[torch.Tensor, Sequen
     "(rows, their sequences), at most so many rows each and of about the same length."
     if not batch.has_rows():
         raise InputError(f"{self.model.config.model_type}: its pictures cannot be cut into parts of a batch; train it without cache_rows")
-    groups = length_groups(batch.attention_mask.sum(1).tolist(), self.levers.pass_price, most)
-    return [(torch.from_numpy(index), replace(batch.rows(torch.from_numpy(index)), together=True)) for index in groups]
+    return [(index, replace(batch.rows(index), together=True)) for index in self._cut(batch, most)]
 
 
 @method_of(DiscriminativeLVLM)
@@ -916,7 +844,7 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         self.lora, weights = lora_config(folder), read("adapter_model.safetensors")
         try:
             inject_adapter_in_model(self.lora, self.model)
-            fuse_lora(self.model, self.levers.fused_lora)
+            fuse(self.model, self.levers)
             loaded = set_peft_model_state_dict(self.model, weights, adapter_name="default")
         except (RuntimeError, ValueError) as error:  # a layer that is not there, a tensor of another shape
             raise InputError(f"{folder}: not a model that can embed: its adapter does not fit the base ({' '.join(str(error).split())[:160]})") from None

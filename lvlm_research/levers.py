@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
-__all__ = ['PLAIN', 'Levers', 'only_rows', 'keeps_tokens', 'common_prefix', 'lean_states', 'length_groups']
+__all__ = ['PLAIN', 'Levers', 'only_rows', 'packs', 'in_pieces', 'keeps_tokens', 'common_prefix', 'lean_states', 'length_groups',
+           'packed_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -28,14 +32,16 @@ class Levers:
     read_rows: bool = True  # the last layer computes queries, output and MLP only for positions that are read
     head_rows: bool = True  # the language-model head runs only where something is predicted
     shared_prefix: bool = True  # what the template writes before the content is computed once, not once a row
-    length_groups: bool = True  # rows of about the same length go together, so that little is padded
+    packed: bool = True  # rows go through the model one after the other as one, so that nothing is padded
+    length_groups: bool = True  # where a model cannot do that, rows of about the same length go together, so that little is padded
     unique: bool = True  # equal texts of a batch are embedded once
-    fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 06)
+    fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 05e)
+    fused_norm: bool = True  # so is an RMS norm
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
     pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
 
 
-PLAIN = Levers(False, False, False, False, False, False)
+PLAIN = Levers(**{name: False for name, value in vars(Levers()).items() if value is True})
 
 # %% ../nbs/05d_levers.ipynb #168851a5
 def _row_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -44,6 +50,14 @@ def _row_modules(model: PreTrainedModel) -> list[nn.Module]:
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
     parts = dict(layers[-1].named_modules()) if layers is not None else {}
     return [parts[name] for name in names if name in parts]
+
+
+def _placed(
+    values: torch.Tensor,  # (n, D)
+    where: torch.Tensor,  # (B, T) bool, n of them
+) -> torch.Tensor:
+    "`(B, T, D)`: the values at these positions, zeros elsewhere."
+    return values.new_zeros(where.numel(), values.shape[-1]).index_copy(0, where.flatten().nonzero()[:, 0], values).unflatten(0, where.shape)
 
 
 @contextmanager
@@ -59,7 +73,7 @@ def only_rows(
 
     def scatter(module: nn.Module, args: tuple, output):
         found = output[0] if isinstance(output, tuple) else output  # a mixture of experts returns its router too
-        full = found.new_zeros(rows.numel(), found.shape[-1]).index_copy(0, index, found[0]).unflatten(0, rows.shape)
+        full = _placed(found[0], rows)
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
     with ExitStack() as hooks:
@@ -67,6 +81,56 @@ def only_rows(
             hooks.callback(module.register_forward_pre_hook(gather).remove)
             hooks.callback(module.register_forward_hook(scatter).remove)
         yield
+
+# %% ../nbs/05d_levers.ipynb #19d7c282
+_PIECES: ContextVar[tuple[list[tuple[int, int, torch.Tensor | None]], int]] = ContextVar("pieces")  # (rows, tokens, mask) of each, and the tokens before them
+
+
+def _attend_in_pieces(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **options) -> tuple[torch.Tensor, None]:
+    "Attention `(1, N, heads, d)` of rows that follow each other, each within itself and to the tokens before all of them."
+    pieces, before = _PIECES.get()
+    sizes = [rows * tokens for rows, tokens, _ in pieces]
+    first, found = (key[:, :, :before], value[:, :, :before]), []
+    for (rows, tokens, mask), *parts in zip(pieces, query.split(sizes, 2), key[:, :, before:].split(sizes, 2), value[:, :, before:].split(sizes, 2)):
+        q, k, v = (part[0].unflatten(1, (rows, tokens)).transpose(0, 1) for part in parts)  # (rows, heads, tokens, d)
+        if before:
+            k, v = (torch.cat([shared.expand(rows, -1, -1, -1), part], 2) for shared, part in zip(first, (k, v)))
+        found.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
+    return torch.cat(found)[None], None
+
+
+AttentionInterface.register("in_pieces", _attend_in_pieces)  # no mask is registered with it, so that transformers makes none
+
+
+def packs(
+    model: PreTrainedModel,
+    longest: int,  # tokens of the longest row
+) -> bool:
+    "Whether rows can go through a causal model one after the other as one: every layer attends to a whole row, by a function that can be chosen."
+    config = model.get_decoder().config
+    if config._attn_implementation != "sdpa" or not model.get_decoder()._supports_attention_backend:
+        return False
+    whole = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    return whole and longest <= (getattr(config, "sliding_window", None) or longest)
+
+
+@contextmanager
+def in_pieces(
+    model: PreTrainedModel,
+    lengths: list[int],  # tokens of each row
+    before: int = 0,  # tokens that come before every row, whose keys and values are in the cache
+) -> Iterator[None]:
+    "Inside, the decoder takes these rows as one row without padding."
+    config, device = model.get_decoder().config, model.device
+    mask = lambda tokens: torch.ones(tokens, before + tokens, dtype=torch.bool, device=device).tril(before)[None, None] if before else None
+    pieces = [(len(list(rows)), tokens, mask(tokens)) for tokens, rows in itertools.groupby(lengths)]
+    chosen, token = config._attn_implementation, _PIECES.set((pieces, before))
+    config._attn_implementation = "in_pieces"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
+        _PIECES.reset(token)
 
 # %% ../nbs/05d_levers.ipynb #227c3e35
 def keeps_tokens(model: PreTrainedModel) -> bool:
@@ -96,7 +160,7 @@ def _first_tokens(
     rows: int,
     kept: dict[tuple[int, ...], DynamicCache] | None,  # by token ids; None: nothing is kept
 ) -> DynamicCache:
-    "Keys and values of the tokens that all rows begin with."
+    "Keys and values of the tokens that all rows begin with, for so many rows."
     key = tuple(input_ids[0].tolist())
     cache = kept.get(key) if kept is not None else None
     if cache is None:
@@ -118,18 +182,30 @@ def lean_states(
     rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
     prefix: int = 0,  # first tokens that all rows share and nobody reads
     kept: dict[tuple[int, ...], DynamicCache] | None = None,  # what was computed for them before, for a model that does not change
+    packed: bool = False,  # whether rows go through the model as one; of a model that `packs`, with padding on the right
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)`, right where they are read."
     inputs = trunk_inputs(model, input_ids, attention_mask, vision, last)
-    cut = lambda part: {name: value if value is None else value[..., part] for name, value in inputs.items()}
+    each = lambda change: {name: value if value is None else change(value) for name, value in inputs.items()}
+    real = attention_mask[:, prefix:].bool()
+    packed = packed and not bool(real.all())
+    join = (lambda values: values[..., real][..., None, :]) if packed else lambda values: values  # (..., B, T) to (..., 1, N)
+    part = (lambda values: _placed(values[0], real)) if packed else lambda values: values  # (1, N, D) to (B, T, D)
+
+    def place(embeddings: torch.Tensor) -> torch.Tensor:
+        edited = edit(part(embeddings), last - prefix)
+        return edited[real][None] if packed else edited
+
     cache = None
     if prefix:
-        first = {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}
-        cache = _first_tokens(model, input_ids[:1, :prefix], first, len(input_ids), kept)
-    with only_rows(model, rows[:, prefix:]) if rows is not None else ExitStack():
-        place = None if edit is None else lambda embeddings: edit(embeddings, last - prefix)
-        states = run_trunk(model, input_ids[:, prefix:], cut(slice(prefix, None)), vision, place, cache)
-    return nn.functional.pad(states, (0, 0, prefix, 0))
+        cache = _first_tokens(model, input_ids[:1, :prefix], each(lambda value: value[..., :1, :prefix]), 1 if packed else len(input_ids), kept)
+    with ExitStack() as ways:
+        if packed:
+            ways.enter_context(in_pieces(model, real.sum(1).tolist(), prefix))
+        if rows is not None:
+            ways.enter_context(only_rows(model, join(rows[:, prefix:])))
+        states = run_trunk(model, join(input_ids[:, prefix:]), each(lambda value: join(value[..., prefix:])), vision, edit and place, cache)
+    return nn.functional.pad(part(states), (0, 0, prefix, 0))
 
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(
@@ -158,3 +234,19 @@ def length_groups(
         groups.append(order[places[cut[end]] : places[end]])
         end = cut[end]
     return groups[::-1]
+
+
+def packed_groups(
+    lengths: list[int],  # tokens of each row
+    most: int | None = None,  # rows of a group
+    tokens: int | None = None,  # of a group; a row alone may have more
+) -> list[np.ndarray]:
+    "Rows (indices) that go together where nothing is padded, longest first: as few groups as fit, rows of one length side by side."
+    groups, room = [], 0
+    for row in np.argsort(-np.asarray(lengths, int), kind="stable"):
+        if not groups or len(groups[-1]) == most or tokens is not None and lengths[row] > room:
+            groups.append([])
+            room = tokens or 0
+        groups[-1].append(row)
+        room -= lengths[row]
+    return [np.array(group) for group in groups]

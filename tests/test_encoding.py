@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from lvlm_research import embedder as embedder_module
+from lvlm_research import fused
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.embedder import KEPT_FROM, DiscriminativeLVLM, in_threads
@@ -178,7 +178,7 @@ def test_long_lists_have_the_embeddings_of_short_ones(lvlm, inputs, expected):
 
 
 def test_weights_that_would_not_fit_twice_are_not_added_up(lvlm, inputs, expected, monkeypatch):
-    monkeypatch.setattr(embedder_module, "FOLDED_BYTES", 2**20)
+    monkeypatch.setattr(fused, "FOLDED_BYTES", 2**20)
     with Seen(lvlm) as seen:
         assert torch.allclose(lvlm.encode_text(inputs[0]), expected[0], atol=1e-5)
     assert seen.adapters > 0

@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear as LoraLinear
 
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches
-from lvlm_research.embedder import FusedLora
+from lvlm_research.fused import FusedLora, FusedNorm
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.rivals import FAMILIES, made_pairs, proportioned
 from lvlm_research.training import Discriminative
@@ -48,7 +48,7 @@ def plain(step):
 def agree(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-5) and found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        assert (found[1][name] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max().item(), 1.0), name
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("switches", [*[[s] for s in SWITCHES], SWITCHES], ids=lambda s: "all" if len(s) > 1 else s[0])
@@ -83,11 +83,15 @@ def test_the_levers_do_what_they_say(step):
     written = {"llava": 1, "qwen2_vl": 14}[lvlm.model.config.model_type]  # tokens that the template writes before the content
     assert counts["plain"]["first"] - counts["shared_prefix"]["first"] == written * (len(batch.image.last) + len(batch.text.last) - 2)
     real = int(batch.image.attention_mask.sum() + batch.text.attention_mask.sum())
-    assert counts["length_groups"]["first"] == real < counts["plain"]["first"]  # a pass costs next to nothing here, so nothing is padded
+    assert counts["packed"]["first"] == counts["length_groups"]["first"] == real < counts["plain"]["first"]  # a pass costs next to nothing here, so groups pad nothing either
     assert counts["plain"]["first"] - counts["unique"]["first"] == batch.text.input_ids.shape[1]
     for on, kind in ((True, FusedLora), (False, LoraLinear)):
         lvlm.levers = replace(PLAIN, fused_lora=on)
         assert {type(module) for module in lvlm.modules() if isinstance(module, LoraLinear)} == {kind}
+    norms = [module for module in lvlm.model.get_decoder().modules() if type(module).__name__.endswith("RMSNorm")]
+    for on in (True, False):
+        lvlm.levers = replace(PLAIN, fused_norm=on)
+        assert len(norms) == 13 and {isinstance(module, FusedNorm) for module in norms} == {on}
 
 
 @pytest.mark.parametrize("cache_rows", [0, 3])
