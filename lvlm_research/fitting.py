@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, clear_parts, no_room, write_beside
+from .embedder import in_threads
 from .large_batches import processes
 
 # %% auto #0
@@ -208,10 +209,10 @@ class KeepState(L.Callback):
         return f"the last good state, of step {self.step}, is {self.last}" if self.step else "no state was kept"
 
 
-def _bytes(value) -> Iterator[bytes]:
+def _bytes(value) -> Iterator[bytes | np.ndarray]:
     "What a batch holds, the same in every process (pickles are not)."
     if torch.is_tensor(value):
-        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray):
         yield value.tobytes()
     elif isinstance(value, (dict, list, tuple)):
@@ -223,12 +224,19 @@ def _bytes(value) -> Iterator[bytes]:
         yield repr(value).encode()
 
 
-def _owner(module: FitModule, draw: Callable[[int], object], steps: int, precision: str) -> str:
-    "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
-    digest = hashlib.sha256(f"{type(module).__name__} {dict(module.hparams)} {steps} {precision} {os.environ.get('LVLM_FINGERPRINT')}".encode())
-    for part in _bytes([[p for p in module.parameters() if p.requires_grad], draw(0)]):
+def _digest(value) -> bytes:
+    digest = hashlib.sha256()
+    for part in _bytes(value):
         digest.update(part)
-    return digest.hexdigest()
+    return digest.digest()
+
+
+def _owner(module: FitModule, draw: Callable[[int], object], *settings) -> str:
+    "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
+    numbers = [(name, key, value) for name, layer in module.named_modules() for key, value in vars(layer).items() if isinstance(value, float) and key != "started"]
+    names, weights = zip(*module.named_parameters(), *module.named_buffers())
+    trained = [p.requires_grad for p in weights]
+    return _digest([type(module).__name__, module.hparams, settings, os.environ.get("LVLM_FINGERPRINT"), numbers, names, trained, in_threads(_digest, weights), draw(0)]).hex()
 
 
 def _step_of(file: Path, owner: str) -> int:
@@ -298,9 +306,11 @@ def fit(
     keep: Path | None = None,  # file of the state to go on from
     every: float = 120.0,  # seconds between two writes of it
     spread: list[torch.nn.Module] | None = None,  # layers whose frozen parameters the processes share; they stay in parts
+    data: str = "",  # hash of all data, which are told apart by the first batch alone without it
 ) -> FitModule:
     "Train for a number of steps, or on from the state in `keep`, on one device or on those of `started_together`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
-    owner = _owner(module, draw, steps, precision) if keep else ""
+    together = started_together()
+    owner = _owner(module, draw, steps, precision, data, together["devices"] * together.get("num_nodes", 1)) if keep else ""
     kept = KeepState(Path(keep), owner, every) if keep else None
     if first := kept.find() if kept else 0:
         print(f"going on from step {first} of {steps}")
@@ -311,7 +321,7 @@ def fit(
     callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
-                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
+                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
     module.train().started = time.perf_counter()
     module.spread = spread or []
     trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -480,6 +481,7 @@ class DataReport:
     with_long: int
     with_both: int
     examples: tuple[str, ...]
+    digest: str  # of what is trained on, in its order: captions, where each picture lies, how large its file is
 
     def __str__(self) -> str:
         named = visible(f" (first: {'; '.join(self.examples)})") if self.examples else ""
@@ -508,13 +510,14 @@ def data_report(records: Dataset, tokenizer) -> DataReport:
     "Go through all records once and count; pictures are looked for, not opened."
     count, examples = Counter(), []
     lengths, texts, pictures = np.zeros(LONG_TOKENS + 2, int), array("q"), array("q")  # a histogram, whose last bin takes all that are longer; hashes
-    longest = 0
+    longest, digest = 0, hashlib.sha256()
     for r, tokens in _measured(records, tokenizer):
         lengths += np.bincount(np.minimum(tokens, LONG_TOKENS + 1), minlength=len(lengths))
         longest = max(longest, *tokens.tolist(), 0)
         texts.extend(map(hash, r["captions"]))
         pictures.extend([hash((r["image"], *r["at"]))] if r["image"] is not None else [])
         there = _is_there(r)
+        digest.update(repr((r["captions"], r["image"], r["at"], there and os.path.getsize(r["image"]))).encode())
         short = there and bool(np.any((0 < tokens) & (tokens < SHORT_TOKENS)))
         long = there and bool(np.any((SHORT_TOKENS <= tokens) & (tokens <= LONG_TOKENS)))
         count.update(without_picture=r["image"] is None, missing=r["image"] is not None and not there, without_caption=not r["captions"],
@@ -524,7 +527,7 @@ def data_report(records: Dataset, tokenizer) -> DataReport:
     total = len(texts)
     return DataReport(records.info.description, len(records), captions=total, empty=int(lengths[0]), short=int(lengths[1:SHORT_TOKENS].sum()),
                       long=int(lengths[SHORT_TOKENS:-1].sum()), too_long=int(lengths[-1]), median=int(np.searchsorted(lengths.cumsum(), total / 2)), longest=longest,
-                      same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)), examples=tuple(examples), **count)
+                      same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)), examples=tuple(examples), digest=digest.hexdigest(), **count)
 
 # %% ../nbs/03a_formats.ipynb #30169569
 RUN, BUFFER = 100, 1000  # neighbouring records taken together; records among which the next one is drawn
