@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, clear_parts, no_room, write_beside
 from .embedder import in_threads
-from .large_batches import processes
+from .large_batches import everyones, processes
 
 # %% auto #0
 __all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
@@ -87,16 +87,23 @@ class FitModule(L.LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        "Adds what Lightning does not keep: history, time spent, random states."
+        "Adds what Lightning does not keep: history, time spent, random states of all processes."
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
         checkpoint["fit"] = {"history": self.history, "seconds": time.perf_counter() - self.started,
-                             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+                             "random": [everyones(state[None].to(self.device))[0].cpu() for state in own]}  # a row for each process
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         "Goes back to the history and the clock of a kept state."
         kept = checkpoint["fit"]
-        self.history, self.started, self.random_states = kept["history"], time.perf_counter() - kept["seconds"], kept["random"]
+        self.history, self.started = kept["history"], time.perf_counter() - kept["seconds"]
+        self.random_states = [states[self.trainer.global_rank].clone() for states in kept["random"]]  # torch reads a row as if it were the first
+
+    def on_train_start(self) -> None:
+        "Each process has random numbers of its own; dropout would else leave out the same of all shares of a batch."
+        if self.trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def on_train_batch_start(self, batch, index: int) -> None:
         "Random states are put back as late as this, as setting up a loop draws numbers too."
@@ -106,7 +113,8 @@ class FitModule(L.LightningModule):
         "Puts back what a kept state holds; once."
         if self.random_states:
             torch.set_rng_state(self.random_states[0])
-            torch.cuda.set_rng_state_all(self.random_states[1:])
+            for state in self.random_states[1:]:
+                torch.cuda.set_rng_state(state)
             self.random_states = []
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -192,7 +200,8 @@ class KeepState(L.Callback):
         checkpoint["owner"] = self.owner
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
-        if time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps:
+        due = time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks differ, and all have to take part
             try:
                 with write_beside(self.file) if trainer.is_global_zero else nullcontext(self.file) as part:
                     trainer.save_checkpoint(part)  # every process takes part, the first one writes

@@ -131,3 +131,54 @@ def test_spread_over_two_processes_it_trains_what_one_process_trains(own_data):
     shares = sorted(tuple(map(int, line.split()[1::2])) for line in held.splitlines() if line.startswith("held"))
     whole = shares[0][1]
     assert shares == [(whole // 2, whole), (whole, whole)]  # the second process still holds its half; the first made a whole model to save
+
+
+NOISY = """
+import os
+import signal
+import sys
+import lightning as L
+import torch
+from lvlm_research.fitting import FitModule, fit
+
+folder, killed_after = sys.argv[1], int(sys.argv[2])
+rank = int(os.environ["RANK"])
+
+
+class Noisy(FitModule):
+    def __init__(self):
+        super().__init__(lr=0.1)
+        self.w, self.masks = torch.nn.Parameter(torch.zeros(4, 4)), []
+
+    def training_step(self, batch, index):
+        self.masks.append(torch.rand(4, 4) < 0.5)
+        return ((self.w * self.masks[-1] - batch) ** 2).mean()
+
+
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if rank == 1 and trainer.global_step == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.manual_seed(0)
+draw = lambda step: torch.full((4, 4), float(step + 1))
+module = fit(Noisy(), draw, 6, keep=f"{folder}/state.ckpt", every=1000.0 * rank, callbacks=[Kill()])  # by the clock of the second process no state is due
+torch.save([module.w.data, torch.stack(module.masks), torch.rand(4)], f"{folder}/{rank}.pt")
+"""
+
+
+def test_two_processes_that_were_killed_go_on_with_the_random_numbers_of_each(tmp_path):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    run = lambda folder, killed_after: subprocess.run([sys.executable, *TORCHRUN, tmp_path / "noisy.py", tmp_path / folder, str(killed_after)], cwd=ROOT,
+                                                      env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    assert run("whole", 0).returncode == 0 and run("killed", 4).returncode != 0
+    assert torch.load(tmp_path / "killed/state.ckpt", weights_only=True)["global_step"] == 3
+    again = run("killed", 0)
+    assert again.returncode == 0 and again.stdout.count("going on from step 3 of 6") >= 1, again.stderr[-2000:]
+    whole, rest = ([torch.load(tmp_path / folder / f"{rank}.pt", weights_only=True) for rank in range(2)] for folder in ("whole", "killed"))
+    for (w, masks, after), (other_w, other_masks, other_after) in zip(whole, rest):
+        assert torch.equal(w, other_w) and torch.equal(masks[3:], other_masks) and torch.equal(after, other_after)
+    assert torch.equal(whole[0][0], whole[1][0]) and not (whole[0][1] == whole[1][1]).all((1, 2)).any()  # averaged gradients, masks of their own
