@@ -533,9 +533,14 @@ def data_report(records: Dataset, tokenizer) -> DataReport:
 RUN, BUFFER = 100, 1000  # neighbouring records taken together; records among which the next one is drawn
 
 
-def shuffled(items: Iterator, rng: np.random.Generator, buffer: int = BUFFER) -> Iterator:
+def shuffled(
+    items: Iterator,
+    rng: np.random.Generator,
+    buffer: int = BUFFER,
+    kept: list | None = None,  # an empty list that is to be the buffer, for who wants to look into it
+) -> Iterator:
     "The same items in random order, as far as a buffer of that size can."
-    kept = []
+    kept = [] if kept is None else kept
     for item in items:
         if len(kept) < buffer:
             kept.append(item)
@@ -544,7 +549,9 @@ def shuffled(items: Iterator, rng: np.random.Generator, buffer: int = BUFFER) ->
             kept[place], item = item, kept[place]
             yield item
     rng.shuffle(kept)
-    yield from kept
+    kept.reverse()
+    while kept:
+        yield kept.pop()
 
 
 @lru_cache(maxsize=1)
@@ -570,26 +577,33 @@ def picture_bytes(
         return handle.read(at[1])
 
 
-def _epoch(records: Dataset, rng: np.random.Generator, buffer: int) -> Iterator[dict]:
-    "Every record once whose picture is there, in random order; `picture` is what can be opened."
+def _epoch(records: Dataset, rng: np.random.Generator, buffer: int, kept: list[dict]) -> Iterator[dict]:
+    "Every record once whose picture is there, in random order; `number` is the order in which they entered the buffer `kept`."
     starts = rng.permutation(np.arange(0, len(records), RUN))
     runs = itertools.chain.from_iterable(_rows(records, int(start), min(int(start) + RUN, len(records))) for start in starts)
-    fetched = (r | {"picture": io.BytesIO(picture_bytes(r["image"], r["at"])) if r["at"] else r["image"]} for r in runs if _is_there(r))
-    yield from shuffled(fetched, rng, buffer)
+    yield from shuffled((r | {"number": number} for number, r in enumerate(filter(_is_there, runs))), rng, buffer, kept)
 
 
-def _pair(record: dict, tokenizer, rng: np.random.Generator) -> Pair | None:
-    "One of the record's short captions and one of its long ones; None, with a warning, for a broken picture, and without one for a record that has neither kind."
-    short, long = sort_captions(record["captions"], tokenizer)
-    if not short and not long:
-        return None
+def _choose(record: dict, tokenizer, rng: np.random.Generator) -> dict | None:
+    "The record with one of its short captions and one of its long ones; None if it has neither kind."
+    kinds = sort_captions(record["captions"], tokenizer)
+    chosen = [options[rng.integers(len(options))] if options else None for options in kinds]
+    return record | dict(zip(("short", "long"), chosen)) if any(kinds) else None
+
+
+def _fetch(records: list[dict]) -> None:
+    "Adds what can be opened as `picture`: a path, or the undecoded picture from an archive."
+    for record in records:
+        record["picture"] = io.BytesIO(picture_bytes(record["image"], record["at"])) if record["at"] else record["image"]
+
+
+def _pair(record: dict) -> Pair | None:
+    "Opened; None, with a warning, if the picture is broken."
     try:
-        image = open_image(record["picture"], record["where"] if record["at"] else "")
+        return Pair(open_image(record["picture"], record["where"] if record["at"] else ""), record["short"], record["long"], record["where"])
     except InputError as error:
         warnings.warn(f"left out: {error}")
         return None
-    choose = lambda options: options[rng.integers(len(options))] if options else None
-    return Pair(image, choose(short), choose(long), record["where"])
 
 
 def _by_step(make: Callable[[], Iterator]) -> Callable[[int], object]:
@@ -615,7 +629,7 @@ def record_pairs(
     contrast_long: bool = False,  # whether the contrastive loss takes the long captions
     buffer: int = BUFFER,
 ) -> Callable[[int], list[Pair]]:
-    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading from the start. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
+    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading the records from the start, and no picture. The place of a broken picture is taken by another record, so that no other batch changes. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
     records = records.select_columns(["where", "captions", "image", "at"])
     there = filter(_is_there, _rows(records))
     if (first := next(there, None)) is None:
@@ -625,14 +639,37 @@ def record_pairs(
         wanted, other = (f"{SHORT_TOKENS} to {LONG_TOKENS}", "a short variant, such as both") if contrast_long else (f"fewer than {SHORT_TOKENS}", "variant long")
         raise InputError(f"no caption has {wanted} tokens, and the contrastive loss of this variant needs some: add one per picture, or train {other}")
 
-    def make() -> Iterator[list[Pair]]:
+    kept: list[dict] = []  # the shuffle buffer
+    where_it_lies = lambda record: (record["image"], *record["at"])
+
+    def make() -> Iterator[list[dict]]:
         rng = np.random.default_rng(seed)
+        kept.clear()
         while True:
-            pairs = filter(None, (_pair(r, tokenizer, rng) for r in _epoch(records, rng, buffer)))
-            if not (batch := list(itertools.islice(pairs, batch_size))):
-                raise InputError("no picture of the training data can be read; the warnings name them")
-            yield batch
-            while len(batch := list(itertools.islice(pairs, batch_size))) == batch_size:
+            chosen = filter(None, (_choose(r, tokenizer, rng) for r in _epoch(records, rng, buffer, kept)))
+            yield list(itertools.islice(chosen, batch_size))
+            while len(batch := list(itertools.islice(chosen, batch_size))) == batch_size:
                 yield batch
 
-    return _by_step(make)
+    def instead(step: int, place: int, batch: list[dict]) -> Pair | None:
+        "A pair that is not in the batch, for one of a broken picture; each place has candidates of its own."
+        rng, taken = np.random.default_rng([seed, step, place]), set(map(where_it_lies, batch))
+        others = (records[int(i)] for i in np.random.default_rng([seed, step]).permutation(len(records))[place::batch_size])
+        for other in (_choose(r, tokenizer, rng) for r in others if _is_there(r) and where_it_lies(r) not in taken):
+            if other:
+                _fetch([other])
+                if pair := _pair(other):
+                    return pair
+        return None
+
+    planned = _by_step(make)
+
+    def draw(step: int) -> list[Pair]:
+        batch = planned(step)
+        _fetch(sorted((r for r in (*batch, *kept) if "picture" not in r), key=lambda r: r["number"]))
+        pairs = list(filter(None, (_pair(r) or instead(step, place, batch) for place, r in enumerate(batch))))
+        if not pairs:
+            raise InputError("no picture of the training data can be read; the warnings name them")
+        return pairs
+
+    return draw
