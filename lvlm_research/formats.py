@@ -32,6 +32,7 @@ from datasets import Dataset, DatasetInfo
 from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
 from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import PICTURE, open_image
+from .large_batches import own_share
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
@@ -629,7 +630,7 @@ def record_pairs(
     contrast_long: bool = False,  # whether the contrastive loss takes the long captions
     buffer: int = BUFFER,
 ) -> Callable[[int], list[Pair]]:
-    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading the records from the start, and no picture. The place of a broken picture is taken by another record, so that no other batch changes. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
+    "This process's share of the batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading the records from the start, and no picture. The place of a broken picture is taken by another record, so that no other batch changes. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
     records = records.select_columns(["where", "captions", "image", "at"])
     there = filter(_is_there, _rows(records))
     if (first := next(there, None)) is None:
@@ -667,7 +668,7 @@ def record_pairs(
     def draw(step: int) -> list[Pair]:
         batch = planned(step)
         _fetch(sorted((r for r in (*batch, *kept) if "picture" not in r), key=lambda r: r["number"]))
-        pairs = list(filter(None, (_pair(r) or instead(step, place, batch) for place, r in enumerate(batch))))
+        pairs = list(filter(None, (_pair(r) or instead(step, place, batch) for place, r in own_share(list(enumerate(batch))))))
         if not pairs:
             raise InputError("no picture of the training data can be read; the warnings name them")
         return pairs

@@ -16,10 +16,12 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
+from lvlm_research.formats import read_records, record_pairs
 from lvlm_research.large_batches import own_share
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
 from lvlm_research.training import VARIANTS, Discriminative, prepare
@@ -35,7 +37,7 @@ def gradients(cache_rows: int, short: range, records: int) -> dict[str, torch.Te
                 p.normal_(std=0.02)
     module = Discriminative(embedder, 0.7, cache_rows)
     module.note = lambda **values: None  # it asks the trainer for the step
-    pairs = lambda step: [pair if i in short else replace(pair, short=None) for i, pair in enumerate(scene_pairs(records, 60, 0)(step))]
+    pairs = lambda step: [pair if i in short else replace(pair, short=None) for i, pair in zip(own_share(range(records)), scene_pairs(records, 60, 0)(step))]
     module.training_step(joint_batches(embedder.templates, pairs)(0), 0).backward()
     found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     if dist.is_initialized():
@@ -50,12 +52,19 @@ def worker(rank: int, port: int, cases: list, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     with pytest.raises(InputError, match="cannot be shared by 2 processes"):
         own_share(["one"])
+    with pytest.raises(InputError, match="no picture of the training data can be read"), pytest.warns(UserWarning, match="left out") as said:
+        record_pairs(read_records(f"{folder}/broken"), 4, world_tokenizer(), 0)(0)
+    assert len(said) == 2  # of the four pictures each process opens its share
     for number, case in enumerate(cases):
         torch.save(gradients(*case), f"{folder}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
+    (tmp_path / "broken").mkdir()
+    for number in range(4):
+        (tmp_path / f"broken/{number}.png").write_bytes(b"no picture")
+    (tmp_path / "broken/captions.jsonl").write_text("".join(json.dumps({"image": f"{number}.png", "captions": ["a star"]}) + "\n" for number in range(4)))
     everyone, some, none = range(9), range(0, 8, 2), range(0)  # an uneven share; one process without short captions; no short caption at all
     cases = [(cache_rows, short, 9) for short in (everyone, some, none) for cache_rows in (0, 2)]
     with socket.socket() as free:
