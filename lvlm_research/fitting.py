@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import logging
 import math
 import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -34,18 +34,35 @@ from .embedder import in_threads
 from .large_batches import everyones, processes
 
 # %% auto #0
-__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
-           'started_together', 'is_first', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'DrawAhead', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState',
+           'StopWhenLost', 'started_together', 'is_first', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
-    "An endless data set of ready batches: `draw(step)` makes the batch of a step."
+    "An endless data set of ready batches: `draw(step)` makes the batch of a step; `drawn` is the next one, if a thread is at it."
 
     def __init__(self, draw: Callable[[int], object], first: int = 0):
-        self.draw, self.first = draw, first
+        self.draw, self.step, self.drawn = draw, first, None
 
     def __iter__(self) -> Iterator:
-        return map(self.draw, itertools.count(self.first))
+        while True:
+            batch = self.drawn.result() if self.drawn else self.draw(self.step)
+            self.step, self.drawn = self.step + 1, None
+            yield batch
+
+
+class DrawAhead(L.Callback):
+    "Has the next batch drawn while the model computes; the first callback to see the end of a step."
+
+    def __init__(self, stream: Stream, thread: Executor):
+        self.stream, self.thread = stream, thread
+
+    def on_train_batch_start(self, trainer, module, batch, index: int) -> None:
+        if self.stream.step <= trainer.max_steps:  # Lightning asks for one more than it takes
+            self.stream.drawn = self.thread.submit(self.stream.draw, self.stream.step)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
+        wait([self.stream.drawn] if self.stream.drawn else [])
 
 # %% ../nbs/05a_fitting.ipynb #9d9417f6
 class FitModule(L.LightningModule):
@@ -327,12 +344,14 @@ def fit(
         if is_first():
             clear_parts(kept.file)
         check_space(kept.file.parent, 9 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
-    callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
+    stream, thread = Stream(draw, first), ThreadPoolExecutor(1)
+    callbacks = [DrawAhead(stream, thread), StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
     module.train().started = time.perf_counter()
     module.spread = spread or []
-    trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
+    with thread:  # which ends with the training
+        trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()
