@@ -89,12 +89,13 @@ def only_split(data: Dataset, split: str) -> Dataset:
 
 # %% ../nbs/03_datasets.ipynb #7a842861
 def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train") -> Callable[[int], list[Pair]]:
-    "The batch of any step: scenes, in albums, with a fresh short and a fresh long caption each."
+    "This process's share of the batch of any step: scenes, in albums, with a fresh short and a fresh long caption each."
 
     def draw(step: int) -> list[Pair]:
         rng = np.random.default_rng([seed, step])
         scenes = sample_albums(batch_size, rng, split)
-        return [Pair(image, short_caption(s, rng), long_caption(s, rng)) for image, s in zip(scene_images(scenes, image_size), scenes)]
+        captions = [(short_caption(s, rng), long_caption(s, rng)) for s in scenes]
+        return [Pair(image, *both) for image, both in zip(scene_images(own_share(scenes), image_size), own_share(captions))]
 
     return draw
 
@@ -117,14 +118,14 @@ def _number(text: str) -> int:
 
 def joint_batches(
     templates: Templates,
-    pairs: Callable[[int], list[Pair]],
+    pairs: Callable[[int], list[Pair]],  # of this process
     with_long: bool = True,  # predict the long captions after the picture
     contrast_long: bool = False,  # use the long captions as texts too, instead of the short ones
 ) -> Callable[[int], JointBatch]:
     "The pairs of any step, collated for one model."
 
     def draw(step: int) -> JointBatch:
-        batch = own_share(pairs(step))
+        batch = pairs(step)
         image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]

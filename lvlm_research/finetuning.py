@@ -215,7 +215,7 @@ def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Call
     embedder, meter, layers = module.embedder, CostMeter(), _layers(config, module)
     kept = kept_features(config.feature_cache, embedder.model, embedder.templates.processor) if config.feature_cache else nullcontext()
     with kept, naming_what_fits(need, free, config.cache_rows):
-        fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers)
+        fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers, report.digest if report else "")
     if is_first():
         module = _whole(config, module) if layers else module
         _save_or_nothing(config, module, meter.card())

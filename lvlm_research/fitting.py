@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import logging
 import math
 import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -30,21 +30,39 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from .config import InputError, check_space, clear_parts, no_room, write_beside
-from .large_batches import processes
+from .embedder import in_threads
+from .large_batches import everyones, processes
 
 # %% auto #0
-__all__ = ['EXPLODED', 'Stream', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState', 'StopWhenLost',
-           'started_together', 'is_first', 'fit']
+__all__ = ['EXPLODED', 'Stream', 'DrawAhead', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState',
+           'StopWhenLost', 'started_together', 'is_first', 'fit']
 
 # %% ../nbs/05a_fitting.ipynb #cae25f1d
 class Stream(IterableDataset):
-    "An endless data set of ready batches: `draw(step)` makes the batch of a step."
+    "An endless data set of ready batches: `draw(step)` makes the batch of a step; `drawn` is the next one, if a thread is at it."
 
     def __init__(self, draw: Callable[[int], object], first: int = 0):
-        self.draw, self.first = draw, first
+        self.draw, self.step, self.drawn = draw, first, None
 
     def __iter__(self) -> Iterator:
-        return map(self.draw, itertools.count(self.first))
+        while True:
+            batch = self.drawn.result() if self.drawn else self.draw(self.step)
+            self.step, self.drawn = self.step + 1, None
+            yield batch
+
+
+class DrawAhead(L.Callback):
+    "Has the next batch drawn while the model computes; the first callback to see the end of a step."
+
+    def __init__(self, stream: Stream, thread: Executor):
+        self.stream, self.thread = stream, thread
+
+    def on_train_batch_start(self, trainer, module, batch, index: int) -> None:
+        if self.stream.step <= trainer.max_steps:  # Lightning asks for one more than it takes
+            self.stream.drawn = self.thread.submit(self.stream.draw, self.stream.step)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
+        wait([self.stream.drawn] if self.stream.drawn else [])
 
 # %% ../nbs/05a_fitting.ipynb #9d9417f6
 class FitModule(L.LightningModule):
@@ -86,16 +104,23 @@ class FitModule(L.LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        "Adds what Lightning does not keep: history, time spent, random states."
+        "Adds what Lightning does not keep: history, time spent, random states of all processes."
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
         checkpoint["fit"] = {"history": self.history, "seconds": time.perf_counter() - self.started,
-                             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+                             "random": [everyones(state[None].to(self.device))[0].cpu() for state in own]}  # a row for each process
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         "Goes back to the history and the clock of a kept state."
         kept = checkpoint["fit"]
-        self.history, self.started, self.random_states = kept["history"], time.perf_counter() - kept["seconds"], kept["random"]
+        self.history, self.started = kept["history"], time.perf_counter() - kept["seconds"]
+        self.random_states = [states[self.trainer.global_rank].clone() for states in kept["random"]]  # torch reads a row as if it were the first
+
+    def on_train_start(self) -> None:
+        "Each process has random numbers of its own; dropout would else leave out the same of all shares of a batch."
+        if self.trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def on_train_batch_start(self, batch, index: int) -> None:
         "Random states are put back as late as this, as setting up a loop draws numbers too."
@@ -105,7 +130,8 @@ class FitModule(L.LightningModule):
         "Puts back what a kept state holds; once."
         if self.random_states:
             torch.set_rng_state(self.random_states[0])
-            torch.cuda.set_rng_state_all(self.random_states[1:])
+            for state in self.random_states[1:]:
+                torch.cuda.set_rng_state(state)
             self.random_states = []
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -191,7 +217,8 @@ class KeepState(L.Callback):
         checkpoint["owner"] = self.owner
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
-        if time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps:
+        due = time.monotonic() - self.written >= self.every or trainer.global_step == trainer.max_steps
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks differ, and all have to take part
             try:
                 with write_beside(self.file) if trainer.is_global_zero else nullcontext(self.file) as part:
                     trainer.save_checkpoint(part)  # every process takes part, the first one writes
@@ -208,10 +235,10 @@ class KeepState(L.Callback):
         return f"the last good state, of step {self.step}, is {self.last}" if self.step else "no state was kept"
 
 
-def _bytes(value) -> Iterator[bytes]:
+def _bytes(value) -> Iterator[bytes | np.ndarray]:
     "What a batch holds, the same in every process (pickles are not)."
     if torch.is_tensor(value):
-        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray):
         yield value.tobytes()
     elif isinstance(value, (dict, list, tuple)):
@@ -223,12 +250,19 @@ def _bytes(value) -> Iterator[bytes]:
         yield repr(value).encode()
 
 
-def _owner(module: FitModule, draw: Callable[[int], object], steps: int, precision: str) -> str:
-    "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
-    digest = hashlib.sha256(f"{type(module).__name__} {dict(module.hparams)} {steps} {precision} {os.environ.get('LVLM_FINGERPRINT')}".encode())
-    for part in _bytes([[p for p in module.parameters() if p.requires_grad], draw(0)]):
+def _digest(value) -> bytes:
+    digest = hashlib.sha256()
+    for part in _bytes(value):
         digest.update(part)
-    return digest.hexdigest()
+    return digest.digest()
+
+
+def _owner(module: FitModule, draw: Callable[[int], object], *settings) -> str:
+    "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
+    numbers = [(name, key, value) for name, layer in module.named_modules() for key, value in vars(layer).items() if isinstance(value, float) and key != "started"]
+    names, weights = zip(*module.named_parameters(), *module.named_buffers())
+    trained = [p.requires_grad for p in weights]
+    return _digest([type(module).__name__, module.hparams, settings, os.environ.get("LVLM_FINGERPRINT"), numbers, names, trained, in_threads(_digest, weights), draw(0)]).hex()
 
 
 def _step_of(file: Path, owner: str) -> int:
@@ -298,9 +332,11 @@ def fit(
     keep: Path | None = None,  # file of the state to go on from
     every: float = 120.0,  # seconds between two writes of it
     spread: list[torch.nn.Module] | None = None,  # layers whose frozen parameters the processes share; they stay in parts
+    data: str = "",  # hash of all data, which are told apart by the first batch alone without it
 ) -> FitModule:
     "Train for a number of steps, or on from the state in `keep`, on one device or on those of `started_together`, and return the module, in evaluation mode and on the CPU. InputError if the loss is lost, or the disk is too full for the state."
-    owner = _owner(module, draw, steps, precision) if keep else ""
+    together = started_together()
+    owner = _owner(module, draw, steps, precision, data, together["devices"] * together.get("num_nodes", 1)) if keep else ""
     kept = KeepState(Path(keep), owner, every) if keep else None
     if first := kept.find() if kept else 0:
         print(f"going on from step {first} of {steps}")
@@ -308,12 +344,14 @@ def fit(
         if is_first():
             clear_parts(kept.file)
         check_space(kept.file.parent, 9 * sum(p.nbytes for p in module.parameters() if p.requires_grad), "the state of this training")
-    callbacks = [StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
+    stream, thread = Stream(draw, first), ThreadPoolExecutor(1)
+    callbacks = [DrawAhead(stream, thread), StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
-                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **started_together())
+                        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
     module.train().started = time.perf_counter()
     module.spread = spread or []
-    trainer.fit(module, DataLoader(Stream(draw, first), batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
+    with thread:  # which ends with the training
+        trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()

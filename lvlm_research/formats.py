@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ from datasets import Dataset, DatasetInfo
 from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
 from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import PICTURE, open_image
+from .large_batches import own_share
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
@@ -480,6 +482,7 @@ class DataReport:
     with_long: int
     with_both: int
     examples: tuple[str, ...]
+    digest: str  # of what is trained on, in its order: captions, where each picture lies, how large its file is
 
     def __str__(self) -> str:
         named = visible(f" (first: {'; '.join(self.examples)})") if self.examples else ""
@@ -508,13 +511,14 @@ def data_report(records: Dataset, tokenizer) -> DataReport:
     "Go through all records once and count; pictures are looked for, not opened."
     count, examples = Counter(), []
     lengths, texts, pictures = np.zeros(LONG_TOKENS + 2, int), array("q"), array("q")  # a histogram, whose last bin takes all that are longer; hashes
-    longest = 0
+    longest, digest = 0, hashlib.sha256()
     for r, tokens in _measured(records, tokenizer):
         lengths += np.bincount(np.minimum(tokens, LONG_TOKENS + 1), minlength=len(lengths))
         longest = max(longest, *tokens.tolist(), 0)
         texts.extend(map(hash, r["captions"]))
         pictures.extend([hash((r["image"], *r["at"]))] if r["image"] is not None else [])
         there = _is_there(r)
+        digest.update(repr((r["captions"], r["image"], r["at"], there and os.path.getsize(r["image"]))).encode())
         short = there and bool(np.any((0 < tokens) & (tokens < SHORT_TOKENS)))
         long = there and bool(np.any((SHORT_TOKENS <= tokens) & (tokens <= LONG_TOKENS)))
         count.update(without_picture=r["image"] is None, missing=r["image"] is not None and not there, without_caption=not r["captions"],
@@ -524,15 +528,20 @@ def data_report(records: Dataset, tokenizer) -> DataReport:
     total = len(texts)
     return DataReport(records.info.description, len(records), captions=total, empty=int(lengths[0]), short=int(lengths[1:SHORT_TOKENS].sum()),
                       long=int(lengths[SHORT_TOKENS:-1].sum()), too_long=int(lengths[-1]), median=int(np.searchsorted(lengths.cumsum(), total / 2)), longest=longest,
-                      same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)), examples=tuple(examples), **count)
+                      same_caption=total - len(np.unique(texts)), same_picture=len(pictures) - len(np.unique(pictures)), examples=tuple(examples), digest=digest.hexdigest(), **count)
 
 # %% ../nbs/03a_formats.ipynb #30169569
 RUN, BUFFER = 100, 1000  # neighbouring records taken together; records among which the next one is drawn
 
 
-def shuffled(items: Iterator, rng: np.random.Generator, buffer: int = BUFFER) -> Iterator:
+def shuffled(
+    items: Iterator,
+    rng: np.random.Generator,
+    buffer: int = BUFFER,
+    kept: list | None = None,  # an empty list that is to be the buffer, for who wants to look into it
+) -> Iterator:
     "The same items in random order, as far as a buffer of that size can."
-    kept = []
+    kept = [] if kept is None else kept
     for item in items:
         if len(kept) < buffer:
             kept.append(item)
@@ -541,7 +550,9 @@ def shuffled(items: Iterator, rng: np.random.Generator, buffer: int = BUFFER) ->
             kept[place], item = item, kept[place]
             yield item
     rng.shuffle(kept)
-    yield from kept
+    kept.reverse()
+    while kept:
+        yield kept.pop()
 
 
 @lru_cache(maxsize=1)
@@ -567,26 +578,33 @@ def picture_bytes(
         return handle.read(at[1])
 
 
-def _epoch(records: Dataset, rng: np.random.Generator, buffer: int) -> Iterator[dict]:
-    "Every record once whose picture is there, in random order; `picture` is what can be opened."
+def _epoch(records: Dataset, rng: np.random.Generator, buffer: int, kept: list[dict]) -> Iterator[dict]:
+    "Every record once whose picture is there, in random order; `number` is the order in which they entered the buffer `kept`."
     starts = rng.permutation(np.arange(0, len(records), RUN))
     runs = itertools.chain.from_iterable(_rows(records, int(start), min(int(start) + RUN, len(records))) for start in starts)
-    fetched = (r | {"picture": io.BytesIO(picture_bytes(r["image"], r["at"])) if r["at"] else r["image"]} for r in runs if _is_there(r))
-    yield from shuffled(fetched, rng, buffer)
+    yield from shuffled((r | {"number": number} for number, r in enumerate(filter(_is_there, runs))), rng, buffer, kept)
 
 
-def _pair(record: dict, tokenizer, rng: np.random.Generator) -> Pair | None:
-    "One of the record's short captions and one of its long ones; None, with a warning, for a broken picture, and without one for a record that has neither kind."
-    short, long = sort_captions(record["captions"], tokenizer)
-    if not short and not long:
-        return None
+def _choose(record: dict, tokenizer, rng: np.random.Generator) -> dict | None:
+    "The record with one of its short captions and one of its long ones; None if it has neither kind."
+    kinds = sort_captions(record["captions"], tokenizer)
+    chosen = [options[rng.integers(len(options))] if options else None for options in kinds]
+    return record | dict(zip(("short", "long"), chosen)) if any(kinds) else None
+
+
+def _fetch(records: list[dict]) -> None:
+    "Adds what can be opened as `picture`: a path, or the undecoded picture from an archive."
+    for record in records:
+        record["picture"] = io.BytesIO(picture_bytes(record["image"], record["at"])) if record["at"] else record["image"]
+
+
+def _pair(record: dict) -> Pair | None:
+    "Opened; None, with a warning, if the picture is broken."
     try:
-        image = open_image(record["picture"], record["where"] if record["at"] else "")
+        return Pair(open_image(record["picture"], record["where"] if record["at"] else ""), record["short"], record["long"], record["where"])
     except InputError as error:
         warnings.warn(f"left out: {error}")
         return None
-    choose = lambda options: options[rng.integers(len(options))] if options else None
-    return Pair(image, choose(short), choose(long), record["where"])
 
 
 def _by_step(make: Callable[[], Iterator]) -> Callable[[int], object]:
@@ -612,7 +630,7 @@ def record_pairs(
     contrast_long: bool = False,  # whether the contrastive loss takes the long captions
     buffer: int = BUFFER,
 ) -> Callable[[int], list[Pair]]:
-    "The batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading from the start. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
+    "This process's share of the batch of any step of an endless shuffled stream over the records that can be used; steps in order are cheap, going back means reading the records from the start, and no picture. The place of a broken picture is taken by another record, so that no other batch changes. InputError if no picture is there, or no caption is of the kind that the contrastive loss takes."
     records = records.select_columns(["where", "captions", "image", "at"])
     there = filter(_is_there, _rows(records))
     if (first := next(there, None)) is None:
@@ -622,14 +640,37 @@ def record_pairs(
         wanted, other = (f"{SHORT_TOKENS} to {LONG_TOKENS}", "a short variant, such as both") if contrast_long else (f"fewer than {SHORT_TOKENS}", "variant long")
         raise InputError(f"no caption has {wanted} tokens, and the contrastive loss of this variant needs some: add one per picture, or train {other}")
 
-    def make() -> Iterator[list[Pair]]:
+    kept: list[dict] = []  # the shuffle buffer
+    where_it_lies = lambda record: (record["image"], *record["at"])
+
+    def make() -> Iterator[list[dict]]:
         rng = np.random.default_rng(seed)
+        kept.clear()
         while True:
-            pairs = filter(None, (_pair(r, tokenizer, rng) for r in _epoch(records, rng, buffer)))
-            if not (batch := list(itertools.islice(pairs, batch_size))):
-                raise InputError("no picture of the training data can be read; the warnings name them")
-            yield batch
-            while len(batch := list(itertools.islice(pairs, batch_size))) == batch_size:
+            chosen = filter(None, (_choose(r, tokenizer, rng) for r in _epoch(records, rng, buffer, kept)))
+            yield list(itertools.islice(chosen, batch_size))
+            while len(batch := list(itertools.islice(chosen, batch_size))) == batch_size:
                 yield batch
 
-    return _by_step(make)
+    def instead(step: int, place: int, batch: list[dict]) -> Pair | None:
+        "A pair that is not in the batch, for one of a broken picture; each place has candidates of its own."
+        rng, taken = np.random.default_rng([seed, step, place]), set(map(where_it_lies, batch))
+        others = (records[int(i)] for i in np.random.default_rng([seed, step]).permutation(len(records))[place::batch_size])
+        for other in (_choose(r, tokenizer, rng) for r in others if _is_there(r) and where_it_lies(r) not in taken):
+            if other:
+                _fetch([other])
+                if pair := _pair(other):
+                    return pair
+        return None
+
+    planned = _by_step(make)
+
+    def draw(step: int) -> list[Pair]:
+        batch = planned(step)
+        _fetch(sorted((r for r in (*batch, *kept) if "picture" not in r), key=lambda r: r["number"]))
+        pairs = list(filter(None, (_pair(r) or instead(step, place, batch) for place, r in own_share(list(enumerate(batch))))))
+        if not pairs:
+            raise InputError("no picture of the training data can be read; the warnings name them")
+        return pairs
+
+    return draw

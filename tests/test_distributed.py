@@ -16,10 +16,12 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
+from lvlm_research.formats import read_records, record_pairs
 from lvlm_research.large_batches import own_share
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
 from lvlm_research.training import VARIANTS, Discriminative, prepare
@@ -35,7 +37,7 @@ def gradients(cache_rows: int, short: range, records: int) -> dict[str, torch.Te
                 p.normal_(std=0.02)
     module = Discriminative(embedder, 0.7, cache_rows)
     module.note = lambda **values: None  # it asks the trainer for the step
-    pairs = lambda step: [pair if i in short else replace(pair, short=None) for i, pair in enumerate(scene_pairs(records, 60, 0)(step))]
+    pairs = lambda step: [pair if i in short else replace(pair, short=None) for i, pair in zip(own_share(range(records)), scene_pairs(records, 60, 0)(step))]
     module.training_step(joint_batches(embedder.templates, pairs)(0), 0).backward()
     found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     if dist.is_initialized():
@@ -50,12 +52,19 @@ def worker(rank: int, port: int, cases: list, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     with pytest.raises(InputError, match="cannot be shared by 2 processes"):
         own_share(["one"])
+    with pytest.raises(InputError, match="no picture of the training data can be read"), pytest.warns(UserWarning, match="left out") as said:
+        record_pairs(read_records(f"{folder}/broken"), 4, world_tokenizer(), 0)(0)
+    assert len(said) == 2  # of the four pictures each process opens its share
     for number, case in enumerate(cases):
         torch.save(gradients(*case), f"{folder}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
+    (tmp_path / "broken").mkdir()
+    for number in range(4):
+        (tmp_path / f"broken/{number}.png").write_bytes(b"no picture")
+    (tmp_path / "broken/captions.jsonl").write_text("".join(json.dumps({"image": f"{number}.png", "captions": ["a star"]}) + "\n" for number in range(4)))
     everyone, some, none = range(9), range(0, 8, 2), range(0)  # an uneven share; one process without short captions; no short caption at all
     cases = [(cache_rows, short, 9) for short in (everyone, some, none) for cache_rows in (0, 2)]
     with socket.socket() as free:
@@ -131,3 +140,54 @@ def test_spread_over_two_processes_it_trains_what_one_process_trains(own_data):
     shares = sorted(tuple(map(int, line.split()[1::2])) for line in held.splitlines() if line.startswith("held"))
     whole = shares[0][1]
     assert shares == [(whole // 2, whole), (whole, whole)]  # the second process still holds its half; the first made a whole model to save
+
+
+NOISY = """
+import os
+import signal
+import sys
+import lightning as L
+import torch
+from lvlm_research.fitting import FitModule, fit
+
+folder, killed_after = sys.argv[1], int(sys.argv[2])
+rank = int(os.environ["RANK"])
+
+
+class Noisy(FitModule):
+    def __init__(self):
+        super().__init__(lr=0.1)
+        self.w, self.masks = torch.nn.Parameter(torch.zeros(4, 4)), []
+
+    def training_step(self, batch, index):
+        self.masks.append(torch.rand(4, 4) < 0.5)
+        return ((self.w * self.masks[-1] - batch) ** 2).mean()
+
+
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if rank == 1 and trainer.global_step == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.manual_seed(0)
+draw = lambda step: torch.full((4, 4), float(step + 1))
+module = fit(Noisy(), draw, 6, keep=f"{folder}/state.ckpt", every=1000.0 * rank, callbacks=[Kill()])  # by the clock of the second process no state is due
+torch.save([module.w.data, torch.stack(module.masks), torch.rand(4)], f"{folder}/{rank}.pt")
+"""
+
+
+def test_two_processes_that_were_killed_go_on_with_the_random_numbers_of_each(tmp_path):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    run = lambda folder, killed_after: subprocess.run([sys.executable, *TORCHRUN, tmp_path / "noisy.py", tmp_path / folder, str(killed_after)], cwd=ROOT,
+                                                      env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    assert run("whole", 0).returncode == 0 and run("killed", 4).returncode != 0
+    assert torch.load(tmp_path / "killed/state.ckpt", weights_only=True)["global_step"] == 3
+    again = run("killed", 0)
+    assert again.returncode == 0 and again.stdout.count("going on from step 3 of 6") >= 1, again.stderr[-2000:]
+    whole, rest = ([torch.load(tmp_path / folder / f"{rank}.pt", weights_only=True) for rank in range(2)] for folder in ("whole", "killed"))
+    for (w, masks, after), (other_w, other_masks, other_after) in zip(whole, rest):
+        assert torch.equal(w, other_w) and torch.equal(masks[3:], other_masks) and torch.equal(after, other_after)
+    assert torch.equal(whole[0][0], whole[1][0]) and not (whole[0][1] == whole[1][1]).all((1, 2)).any()  # averaged gradients, masks of their own

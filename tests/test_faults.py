@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -14,12 +15,15 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from conftest import CHECKPOINTS, ROOT, run
+from lvlm_research.backbones import world_tokenizer
 from lvlm_research.cli import main
 from lvlm_research.config import InputError
 from lvlm_research.faults import kill
 from lvlm_research.finetuning import FineTuning, fine_tune
+from lvlm_research.formats import read_records, record_pairs
 from lvlm_research.reproduce import has_snakemake, processes_of, results_folder
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
@@ -67,6 +71,17 @@ def soft(data, output, **more) -> FineTuning:
     return FineTuning(**given | more)
 
 
+class Killed(L.Callback):
+    "Ends a training before a step."
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
 @pytest.mark.parametrize("damage", [None, 1000])
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, damage):
     profile = tmp_path / "quick.json"
@@ -97,15 +112,6 @@ def test_a_torn_state_never_takes_the_place_of_a_good_one(data, tmp_path, capsys
     "Torn, then killed again before a new state was written: the good one is still there."
     fine_tune(soft(data, tmp_path / "whole"))
     state, before = (tmp_path / "killed/unfinished" / name for name in ("state.ckpt", "state.before.ckpt"))
-
-    class Killed(L.Callback):
-        def __init__(self, step: int):
-            self.step = step
-
-        def on_train_batch_start(self, trainer, module, batch, index):
-            if trainer.global_step == self.step:
-                raise RuntimeError("killed")
-
     for step, every in ((3, 0.001), (4, 100.0)):
         with pytest.raises(RuntimeError, match="killed"):
             fine_tune(soft(data, tmp_path / "killed", keep_seconds=every), callbacks=[Killed(step)])
@@ -118,6 +124,32 @@ def test_a_torn_state_never_takes_the_place_of_a_good_one(data, tmp_path, capsys
     said = capsys.readouterr().out
     assert said.count(f"{state}: not a state to go on from") == 2 and said.count("going on from step 2 of 5") == 2
     assert (tmp_path / "killed/soft_prompts.safetensors").read_bytes() == (tmp_path / "whole/soft_prompts.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["nothing", "frozen base", "dropout", "later record", "later picture"])
+def test_a_killed_training_goes_on_only_with_the_same_base_dropout_and_data(data, tmp_path, capsys, change):
+    base = shutil.copytree(CHECKPOINTS / "llava-micro", tmp_path / "base")
+    config = soft(data, tmp_path / "killed", model=str(base), variant="lora", batch=2)
+    with pytest.raises(RuntimeError, match="killed"):
+        fine_tune(config, callbacks=[Killed(2)])
+    records = read_records(data)
+    first = {pair.where for pair in record_pairs(records, 2, world_tokenizer(), 0)(0)}
+    later = next(i for i, record in enumerate(records) if record["where"] not in first)
+    if change == "frozen base":
+        weights = load_file(base / "model.safetensors")
+        weights[max(weights)].flat[0] += 1
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    elif change == "dropout":
+        config = replace(config, dropout=0.2)
+    elif change == "later record":
+        file = data / "captions.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        lines[later] = json.dumps(json.loads(lines[later]) | {"captions": ["a star"]}) + "\n"
+        file.write_text("".join(lines))
+    elif change == "later picture":
+        Image.new("RGB", (9, 9)).save(records[later]["image"])
+    fine_tune(config)
+    assert ("going on from step 2" in capsys.readouterr().out) == (change == "nothing")
 
 
 def test_what_ran_before_in_the_process_changes_nothing(data, tmp_path):

@@ -261,12 +261,34 @@ def test_a_broken_picture_is_named_and_left_out(write, ten, reference, tmp_path)
     broken = [(picture[:200] if i == 3 else picture, caption) for i, (picture, caption) in enumerate(ten)]
     records = read_records(write(tmp_path / "data", broken))
     with pytest.warns(UserWarning, match=r"left out: .*(000000003(\.png)?|row 4): not a readable image"):
-        found = set(itertools.chain(*pairs(records, batches=9, batch_size=1)))
+        found = set(itertools.chain(*pairs(records, batches=10, batch_size=1)))
     assert found == {p for p in set(itertools.chain(*reference)) if ten[3][1] not in p}
     all_broken = read_records(write(tmp_path / "none", [(picture[:200], caption) for picture, caption in ten]))
     with warnings.catch_warnings(), pytest.raises(InputError, match="no picture of the training data can be read"):
         warnings.simplefilter("ignore")
         pairs(all_broken)
+
+
+@pytest.mark.parametrize("write", [write_llava, write_huggingface_parquet])
+def test_a_broken_picture_changes_no_other_batch_and_no_picture_is_opened_to_reach_a_later_step(write, ten, tmp_path):
+    good = read_records(write(tmp_path / "whole", ten))
+    at_once = lambda records, **more: [(p.image.tobytes(), p.short, p.long) for p in record_pairs(records, 3, TOKENIZER, 3, **more)(2)]
+    whole = pairs(good, batch_size=3)
+    number = {caption: i for i, (_, caption) in enumerate(ten)}
+    first = [number[short or long] for _, short, long in whole[0]]
+    damaged = lambda which: read_records(write(tmp_path / f"without{len(which)}", [(picture[:200] if i in which else picture, caption) for i, (picture, caption) in enumerate(ten)]))
+    records = damaged(first[:2])
+    with pytest.warns(UserWarning, match="left out") as said:
+        found = pairs(records, batch_size=3, batches=3)
+    assert found[1:] == whole[1:3] and found[0][2] == whole[0][2] and len(said) == 2
+    assert len(set(found[0])) == 3 and not set(found[0][:2]) & set(whole[0])  # others take their places
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a broken picture that is opened
+        assert at_once(records) == whole[2]
+    assert at_once(good, buffer=3) == pairs(good, batch_size=3, buffer=3)[2] != whole[2]
+    alone = damaged([i for i in range(10) if i != first[0]])
+    with pytest.warns(UserWarning, match="left out"):
+        assert pairs(alone, batch_size=3, batches=1) == [whole[0][:1]]  # there is no other
 
 
 def refused(path, says, **more) -> None:
