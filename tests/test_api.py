@@ -26,7 +26,7 @@ from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
 from lvlm_research.embedder import DiscriminativeLVLM, ahead, open_image
-from lvlm_research.evaluation import ClipEmbedder, load_embedder
+from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
@@ -532,6 +532,41 @@ def test_a_search_finds_its_model_or_says_which(index, tmp_path):
         search(tmp_path / "x.parquet", ["a star"], model=CLIP)
     with pytest.raises(InputError, match="none.jpg: no such image"):
         search(tmp_path / "x.parquet", ["none.jpg"])
+
+
+@pytest.mark.parametrize("size", [3 * 2**20, 70 * 2**20])
+def test_every_byte_of_a_model_counts(tmp_path, monkeypatch, size):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "merges.txt"):
+        (model / name).write_text("{}")
+    with open(model / "model.safetensors", "wb") as weights:
+        weights.truncate(size)
+    signatures = [model_signature(model)]
+    for file in sorted(model.iterdir()):
+        with open(file, "r+b") as changed:
+            changed.seek(file.stat().st_size // 2)
+            changed.write(b"!")
+        signatures.append(model_signature(model))
+    assert len(set(signatures)) == 7
+    assert model_signature(model) == model_signature(shutil.copytree(model, tmp_path / "moved")) == signatures[-1]
+    kept = list(tmp_path.glob("cache/*/*"))
+    assert len(kept) == (3 if size > 2**26 else 0)  # before and after the change, and where it was copied to
+    for file in kept:
+        file.write_text("kept")
+    assert (model_signature(model) == signatures[-1]) == (not kept)  # a large file that has not changed is not read again
+
+
+def test_an_adapter_is_of_its_base(tmp_path):
+    shutil.copytree(CHECKPOINTS / "llava-micro", tmp_path / "base")
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    config = json.loads((ADAPTER / "discriminative.json").read_text())
+    (tmp_path / "adapter/discriminative.json").write_text(json.dumps(config | {"base": "../base"}))
+    before = model_signature(tmp_path / "adapter")
+    with open(tmp_path / "base/chat_template.jinja", "a") as template:
+        template.write(" ")
+    assert model_signature(tmp_path / "adapter") != before
 
 
 def test_faiss_finds_the_same_here(index, tmp_path):
