@@ -32,8 +32,9 @@ from .public_benchmarks import YesNo, text_only_scores
 from .reading import npz_arrays
 
 # %% auto #0
-__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'collapsed',
-           'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'kept_sha256', 'model_signature',
+           'score_suite', 'collapsed', 'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores',
+           'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -115,7 +116,7 @@ _DECIDES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additiona
 _LARGE = 2**26  # bytes from which on a hash is kept
 
 
-def _kept_sha256(path: Path) -> str:
+def kept_sha256(path: Path) -> str:
     "The hash of a file; of a large one from the user's cache, if it is the file that was read then."
     state = path.stat()
     if state.st_size < _LARGE:
@@ -135,7 +136,7 @@ def model_signature(folder: str | Path) -> str:
     folder = find_model(folder)
     base = [find_model(base_of(folder))] if (folder / CONFIG_NAME).is_file() else []
     files = (f for place in (folder, *base) for kind in _DECIDES for f in sorted(place.glob(kind)) if f.is_file() and f.name not in _TOLD)
-    return hashlib.sha256(json.dumps([(f.name, _kept_sha256(f)) for f in files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(f.name, kept_sha256(f)) for f in files]).encode()).hexdigest()
 
 
 # %% ../nbs/12_evaluation.ipynb #6f8078b0
