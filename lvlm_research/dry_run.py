@@ -21,13 +21,13 @@ from .families import check_weights, load_processor, read_config, skeleton
 from .formats import recognise
 from .prompts import SUMMARY, read_prompts
 from .public_benchmarks import public_suite
-from .reproduce import Stage, model_folder, needed_for, stages, stages_left_out
+from .reproduce import Stage, needed_for, sources, stages, stages_left_out
 from .training import VARIANTS, Variant
 
 # %% auto #0
 __all__ = ['AROUND', 'KNOWN', 'PICTURE_BYTES', 'PAPER_PICTURES', 'PUBLISHED', 'GPUS', 'EMBEDDED', 'Size', 'folder_size',
-           'model_size', 'Missing', 'missing_sources', 'sources', 'trunk_operations', 'tower_operations',
-           'pair_operations', 'embedding_operations', 'Line', 'Plan', 'plan', 'check_sources']
+           'model_size', 'Missing', 'missing_sources', 'trunk_operations', 'tower_operations', 'pair_operations',
+           'embedding_operations', 'Line', 'Plan', 'plan', 'check_sources']
 
 # %% ../nbs/15d_dry_run.ipynb #c592dc0a
 def _llava(width: int, inner: int, layers: int) -> LlavaConfig:
@@ -137,16 +137,6 @@ def missing_sources(profile: Profile) -> dict[str, Missing]:
         checks |= {"training": _training(profile.training), "validation": _benchmark(**profile.validation)}
     return {name: missing for name, missing in checks.items() if missing}
 
-
-def sources(stage: Stage, profile: Profile) -> list[str]:
-    "What of the things that a profile names a stage reads itself."
-    if not profile.models:
-        return []
-    base, folder = ["model base"], model_folder(stage.parameters.get("model", ""))
-    scored = next((name for name in (folder, folder.partition("-")[2]) if name in profile.models), "base")  # a model itself, or what an adapter stands on
-    return {"20_train_discriminative": [f"model {stage.parameters.get('backbone') or 'base'}", "training"], "30_evaluate": [f"model {scored}"],
-            "31_benchmarks": [f"benchmark {task}" for task in profile.benchmarks], "40_prompt_study": [*base, "validation"],
-            "fig1": base, "fig3": [*base, "validation"], "fig4": [*base, "validation"]}.get(stage.notebook, [])
 
 # %% ../nbs/15d_dry_run.ipynb #d76e43e3
 def trunk_operations(size: Size, tokens: int) -> float:

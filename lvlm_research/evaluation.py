@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
-from .config import InputError, find_model, write_beside
-from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, distinct, loading, opened
+from .config import InputError, find_model, sha256, write_beside, write_text
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened
 from .families import check_complete, check_finite, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
@@ -29,8 +32,9 @@ from .public_benchmarks import YesNo, text_only_scores
 from .reading import npz_arrays
 
 # %% auto #0
-__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'model_signature', 'score_suite', 'collapsed',
-           'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores', 'load_scores']
+__all__ = ['DUAL_ENCODERS', 'Scores', 'Embedder', 'ClipEmbedder', 'load_embedder', 'kept_sha256', 'model_signature',
+           'score_suite', 'collapsed', 'tidy_rows', 'evaluate', 'evaluate_blind', 'evaluate_text_only', 'save_scores',
+           'load_scores']
 
 # %% ../nbs/12_evaluation.ipynb #36cdd378
 class Embedder(Protocol):
@@ -107,15 +111,33 @@ def load_embedder(
     return embedder
 
 # %% ../nbs/12_evaluation.ipynb #0854562f
+_TOLD = ("card.json", "cost.json", "facts.json")  # of a model; what decides an embedding are the other files of these kinds
+_DECIDES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
+_LARGE = 2**26  # bytes from which on a hash is kept
+
+
+def kept_sha256(path: Path) -> str:
+    "The hash of a file; of a large one from the user's cache, if it is the file that was read then."
+    state = path.stat()
+    if state.st_size < _LARGE:
+        return sha256(path)
+    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}".encode()).hexdigest()
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lvlm-research", key)
+    if kept.is_file():
+        return kept.read_text()
+    made = sha256(path)
+    with suppress(OSError):  # a home that cannot be written: read again next time
+        write_text(kept, made)
+    return made
+
+
 def model_signature(folder: str | Path) -> str:
-    "Hash over name, size, first and last MiB of every weight file of a model folder, and over its adapter config."
-    digest, folder = hashlib.sha256(), find_model(folder)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_NAME)]):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
+    "Hash over all that decides the embeddings of a model folder: weights, configs, tokenizer, processor, chat template; of an adapter also over its base."
+    folder = find_model(folder)
+    base = [find_model(base_of(folder))] if (folder / CONFIG_NAME).is_file() else []
+    files = (f for place in (folder, *base) for kind in _DECIDES for f in sorted(place.glob(kind)) if f.is_file() and f.name not in _TOLD)
+    return hashlib.sha256(json.dumps([(f.name, kept_sha256(f)) for f in files]).encode()).hexdigest()
+
 
 # %% ../nbs/12_evaluation.ipynb #6f8078b0
 def _percent_row(run: dict, benchmark: str, subset: str, metric: str, estimate: tuple[float, float, float], n: int, chance: float) -> dict:

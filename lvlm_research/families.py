@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -113,6 +115,18 @@ def _attention_names(config: dict) -> list[tuple[str, object]]:
     return found
 
 
+_MOST = {r"layers?$|depths?$": 1000, r"vocab|position|length|ctx": 2**25, r"size|dim|width|heads?$|channels|experts|^num_|^n_|d_model|embd": 2**21}  # fields of a config -> several times what the largest models have
+
+
+def _too_large(value: object, field: str = "") -> str | None:
+    "The first field of a config, at any depth, that asks for more than any model has; building as many layers would take hours."
+    if isinstance(value, (dict, list)):
+        parts = value.items() if isinstance(value, dict) else ((field, part) for part in value)
+        return next(filter(None, (_too_large(part, name) for name, part in parts)), None)
+    most = next((most for names, most in _MOST.items() if re.search(names, field)), math.inf)
+    return f"{field} is {value:,}, more than {most:,}" if isinstance(value, (int, float)) and value > most else None
+
+
 def read_config(folder: str | Path) -> PreTrainedConfig:
     "Config of a model folder that transformers knows without running code from the folder."
     path = Path(folder) / "config.json"
@@ -128,6 +142,8 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     built_in = (None, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if strange := [(key, name) for key, name in _attention_names(given) if name not in built_in]:
         raise InputError(f"{path}: not a model that can embed: {strange[0][0]} {strange[0][1]!r:.80} may name code to be fetched and run; remove the field")
+    if fault := _too_large(given):
+        raise InputError(f"{path}: not a model that can embed: {fault:.200}; correct it")
     if "transformers_weights" in given:
         raise InputError(f"{path}: not a model that can embed: transformers_weights names another file than model.safetensors; rename that file and remove the field")
     if (path.parent / "adapter_config.json").is_file():

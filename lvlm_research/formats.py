@@ -37,9 +37,9 @@ from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below,
 
 # %% auto #0
 __all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'UNPACKED',
-           'PICTURES_OF_A_GROUP', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines', 'read_coco',
-           'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise', 'read_records',
-           'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
+           'PICTURES_OF_A_GROUP', 'PACKED', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines',
+           'read_coco', 'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise',
+           'read_records', 'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
 
 # %% ../nbs/03a_formats.ipynb #cb979fa8
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -281,12 +281,22 @@ def _parquet(file: str | Path):
 
 UNPACKED = 2**28  # bytes of rows that are unpacked together
 PICTURES_OF_A_GROUP = 2**31  # bytes
+PACKED = 1000  # times that something larger than `UNPACKED` may have been packed
+
+
+def _chunks(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
+    "What a row group states of these columns, and of the parts of a column of structures."
+    chunks = (opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns))
+    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
 
 
 def _column_bytes(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    "Bytes of these columns of a row group, unpacked, as the file states them."
-    chunks = (opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns))
-    return sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
+    "Bytes of these columns of a row group, unpacked, as the file states them: a value that is repeated counts once. ValueError for a bomb."
+    chunks = _chunks(opened, group, columns)
+    size, packed = (sum(max(getattr(chunk, f"total_{state}_size"), 0) for chunk in chunks) for state in ("uncompressed", "compressed"))
+    if size > max(UNPACKED, PACKED * packed):
+        raise ValueError(f"row group {group} unpacks {packed:,} bytes to {size:,}")
+    return size
 
 
 def _parquet_rows(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[dict]:
@@ -557,12 +567,14 @@ def shuffled(
 
 @lru_cache(maxsize=1)
 def _row_group(file: str, group: int) -> pa.ChunkedArray:
-    "The pictures of one row group."
+    "The pictures of one row group; one that is repeated is held once."
     with _parquet(file) as opened:
         column = _bytes_column(opened.schema_arrow)
+        repeated = [chunk.path_in_schema for chunk in _chunks(opened, group, [column]) if chunk.has_dictionary_page]
         if (size := _column_bytes(opened, group, [column])) > PICTURES_OF_A_GROUP:
             raise InputError(f"{file}: row group {group} holds {size:,} bytes of pictures; write groups of some hundred rows")
-        return opened.read_row_group(group, [column]).column(0)
+        with pq.ParquetFile(file, read_dictionary=repeated) as packed:
+            return packed.read_row_group(group, [column]).column(0)
 
 
 def picture_bytes(

@@ -138,10 +138,12 @@ def _best_of_each(scores: torch.Tensor, number: torch.Tensor, count: int) -> tor
 
 # %% ../nbs/11_metrics.ipynb #3f6c8623
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Row-wise similarity `(N,)` of unit-norm embeddings, in float64 so that equal inputs tie; ValueError for no rows."
+    "Row-wise similarity `(N,)` of unit-norm embeddings, in float64 so that equal inputs tie; ValueError for no rows, and for NaN, which compares as wrong."
     if not len(a):
         raise ValueError("no items: nothing can be compared")
-    return (a.double() * b.double()).sum(-1)
+    scores = (a.double() * b.double()).sum(-1)
+    _check_finite(scores)
+    return scores
 
 
 def pair_accuracy(image: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> np.ndarray:
@@ -166,6 +168,7 @@ def winoground(image: torch.Tensor, text: torch.Tensor) -> dict[str, np.ndarray]
     if not len(image):
         raise ValueError("no items: nothing can be compared")
     s = image.double() @ text.double().transpose(1, 2)  # (item, image, caption)
+    _check_finite(s)
     right_text = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     right_image = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     scores = {"text": right_text, "image": right_image, "group": right_text & right_image}
@@ -212,13 +215,19 @@ def paired_difference(
 
 # %% ../nbs/11_metrics.ipynb #d7627711
 def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    "Spearman's correlation of two `(N,)` series (ties share their mean rank), with a 95 % bootstrap interval over the N points."
+    "Spearman's correlation of two `(N,)` series (ties share their mean rank), with a 95 % bootstrap interval over the N points; ValueError for a constant series, or NaN in one."
+    x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(f"{len(x)} and {len(y)} points have no rank correlation: give the same number, at least two")
+    for name, series in (("first", x), ("second", y)):
+        if not np.isfinite(series).all():
+            raise ValueError(f"the {name} series holds NaN or infinity, which has no rank")
+        if np.ptp(series) == 0:
+            raise ValueError(f"all {len(series)} points of the {name} series are {series[0]:g}: a constant has no rank correlation")
     rng = np.random.default_rng(seed)
 
     def spearman(rows: np.ndarray) -> float:
-        a, b = (_ranks(np.asarray(v, float)[rows]) for v in (x, y))
+        a, b = (_ranks(v[rows]) for v in (x, y))
         return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
 
     low, high = np.quantile([spearman(rng.integers(0, len(x), len(x))) for _ in range(draws)], (0.025, 0.975))

@@ -23,17 +23,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import LARGER, InputError, available_cores, check_card, check_space, find_model, needs, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
+from .config import LARGER, InputError, Profile, available_cores, check_card, check_file, check_space, find_model, needs, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'BUDGETS',
-           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'INTRO', 'ITEMS_OF_CHECKPOINTS', 'INTRO_OF_CHECKPOINTS',
-           'Stage', 'model_folder', 'written_files', 'model_files', 'status_file', 'failure_file', 'stages_left_out',
-           'whole_graph', 'stages', 'stage_of', 'needed_for', 'notebook_path', 'declared_parameters',
-           'check_parameters', 'module_closure', 'fingerprint', 'results_folder', 'artefact', 'model_of', 'downstream',
-           'run_stage', 'end_with', 'processes_of', 'end_remains', 'has_snakemake', 'lock_of', 'exclusive',
-           'is_current', 'run_graph', 'load_rows', 'manifest', 'join_intervals', 'table_html', 'plain_table_html',
-           'report_html', 'report_sections', 'write_report']
+           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'SEAL', 'INTRO', 'ITEMS_OF_CHECKPOINTS',
+           'INTRO_OF_CHECKPOINTS', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
+           'failure_file', 'stages_left_out', 'whole_graph', 'sources', 'stages', 'stage_of', 'needed_for',
+           'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'signatures',
+           'results_folder', 'artefact', 'model_of', 'downstream', 'run_stage', 'end_with', 'processes_of',
+           'end_remains', 'has_snakemake', 'lock_of', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest',
+           'files_of', 'seal', 'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections',
+           'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Stage:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()  # files that the notebook reads besides: of the repository, or a profile of one's own
+    brought: dict[str, tuple[str, ...]] = field(default_factory=dict)  # models and data that the profile names, and the stage reads -> where they lie
     gpu: bool = False  # takes the GPU where there is one
     threads: int = 1  # 0 for all cores
     priority: int = 0  # what takes long starts first
@@ -219,15 +221,33 @@ def whole_graph(profile: str, from_scratch: bool = False) -> list[Stage]:
     return [replace(s, inputs=(*s.inputs, profile)) for s in graph] if profile.endswith(".json") else graph
 
 
+def sources(stage: Stage, profile: Profile) -> list[str]:
+    "What of the things that a profile names a stage reads itself."
+    if not profile.models:
+        return []
+    base, folder = ["model base"], model_folder(stage.parameters.get("model", ""))
+    scored = next((name for name in (folder, folder.partition("-")[2]) if name in profile.models), "base")  # a model itself, or what an adapter stands on
+    return {"20_train_discriminative": [f"model {stage.parameters.get('backbone') or 'base'}", "training"], "30_evaluate": [f"model {scored}"],
+            "31_benchmarks": [f"benchmark {task}" for task in profile.benchmarks], "40_prompt_study": [*base, "validation"],
+            "fig1": base, "fig3": [*base, "validation"], "fig4": [*base, "validation"]}.get(stage.notebook, [])
+
+
+def _brought(stage: Stage, profile: Profile) -> dict[str, tuple[str, ...]]:
+    "Where these things lie: a model's name or folder, files and folders of data."
+    data = {"training": profile.training, "validation": profile.validation} | {f"benchmark {task}": places for task, places in profile.benchmarks.items()}
+    of = {f"model {name}": (model,) for name, model in profile.models.items()} | {name: (places.get("data"), places.get("images")) for name, places in data.items()}
+    return {name: tuple(filter(None, of[name])) for name in sources(stage, profile)}
+
+
 def stages(profile: str, from_scratch: bool = False) -> list[Stage]:
     "The graph of a profile: for one of checkpoints without what is brought and what needs the made world, and with what was made there read no more."
-    graph, left_out = whole_graph(profile, from_scratch), stages_left_out(profile)
+    graph, left_out, p = whole_graph(profile, from_scratch), stages_left_out(profile), profile_of(profile)
     if from_scratch and left_out:
         raise InputError(f"profile {profile!r} brings its models: leave out --from-scratch")
     kept = [s for s in graph if s.name not in left_out]
     written = {name for s in kept for name in (*s.writes, status_file(s.name))}
     loads = ("30_evaluate", "40_prompt_study", "fig3", "fig4") if left_out else ()  # a model of billions of parameters
-    return [replace(s, reads=tuple(r for r in s.reads if r in written), gpu=s.gpu or s.notebook in loads) for s in kept]
+    return [replace(s, reads=tuple(r for r in s.reads if r in written), gpu=s.gpu or s.notebook in loads, brought=_brought(s, p)) for s in kept]
 
 # %% ../nbs/15_reproduce.ipynb #53fb8e0e
 def stage_of(name: str, graph: list[Stage]) -> Stage:
@@ -323,6 +343,30 @@ def fingerprint(stage: Stage) -> str:
     for name in stage.inputs:
         digest.update(sha256(root() / name).encode())
     return digest.hexdigest()
+
+
+def _data_signature(place: str) -> str:
+    "Hash over a file of data, or all files of a folder."
+    from lvlm_research.evaluation import kept_sha256
+    from lvlm_research.formats import PICTURES
+
+    path, digest = Path(place), hashlib.sha256()
+    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+        check_file(file)
+        state = file.stat()
+        content = f"{state.st_size} {state.st_mtime_ns}" if file.suffix[1:].lower() in PICTURES else kept_sha256(file)
+        digest.update(json.dumps([file.relative_to(path).as_posix(), content]).encode())
+    return digest.hexdigest()
+
+
+def signatures(stage: Stage) -> dict[str, list[str]]:
+    "Of what the profile brings to a stage."
+    if not stage.brought:
+        return {}
+    from lvlm_research.evaluation import model_signature
+
+    return {name: [(model_signature if name.startswith("model ") else _data_signature)(place) for place in places] for name, places in stage.brought.items()}
+
 
 # %% ../nbs/15_reproduce.ipynb #70a19665
 IN_GRAPH = "LVLM_IN_GRAPH"  # set for stages that a run of the graph starts, which holds the lock: the process that they live with
@@ -441,7 +485,7 @@ def _cause(error: Exception) -> str:
 def _remove(stages: Iterable[Stage], folder: Path) -> None:
     "Take away what stages have written."
     for stage in stages:
-        for name in (*stage.writes, status_file(stage.name), failure_file(stage.name)):
+        for name in (*stage.writes, status_file(stage.name), failure_file(stage.name), *([SEAL] if stage.name == "report" else [])):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -457,7 +501,8 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     parameters = {"profile": profile, "results": str(folder), **stage.parameters}
     check_parameters(notebook, parameters)
     _remove(downstream(stage, stages(profile, from_scratch)), folder)
-    os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": fingerprint(stage), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
+    brought = signatures(stage)
+    os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": f"{fingerprint(stage)} {brought}", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     status = _entry(stage)
@@ -473,8 +518,10 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
         write_text(folder / failure_file(stage.name), json.dumps(status, indent=1) + "\n")
         raise InputError(f"stage {stage.name} failed: {status['error']}; the executed notebook with the error is {log}") from error
     status |= {"state": "ok", "seconds": round(time.perf_counter() - before, 1), "reads": {r: sha256(folder / r) for r in stage.reads},
-               "writes": {w: sha256(folder / w) for w in stage.writes}}
+               "writes": {w: sha256(folder / w) for w in stage.writes}} | ({"brought": brought} if brought else {})
     write_text(folder / status_file(stage.name), json.dumps(status, indent=1) + "\n")
+    if stage.name == "report" and IN_GRAPH not in os.environ:
+        seal(folder)
     return status
 
 # %% ../nbs/15_reproduce.ipynb #61c7929f
@@ -568,7 +615,7 @@ def is_current(stage: Stage, folder: Path) -> bool:
         hashes = {**status.get("reads", {}), **status.get("writes", {})}
     except (InputError, TypeError):  # no status, or an edited one
         return False
-    return (status.get("fingerprint") == fingerprint(stage) and set(hashes) == {*stage.reads, *stage.writes}
+    return (status.get("fingerprint") == fingerprint(stage) and status.get("brought", {}) == signatures(stage) and set(hashes) == {*stage.reads, *stage.writes}
             and all((folder / name).is_file() and sha256(folder / name) == value for name, value in hashes.items()))
 
 
@@ -608,6 +655,8 @@ def run_graph(
             end_remains(folder)
             killed = _say_killed(graph, folder)
             write_report(folder, profile)
+        elif (folder / status_file("report")).is_file() and not (folder / SEAL).is_file():
+            seal(folder)
     if code:
         why = "the scheduler was killed" if code < 0 else f"stage {', '.join(killed)} was killed" if killed else f"see the line above and {folder / 'failures'}"
         raise InputError(f"the run stopped: {why}; `lvlm-research update --profile {profile}` goes on from there")
@@ -657,6 +706,22 @@ def manifest(results: Path, profile: str) -> dict:
     for entry in status.values():
         entry.pop("stage", None)
     return {"format": RESULTS_VERSION, "profile": profile_of(profile).name, "values": vars(profile_of(profile)), "run": run_identity(), "stages": status}
+
+
+SEAL = "SHA256SUMS"  # of all files of a finished results folder, as `sha256sum -c` reads it
+
+
+def files_of(folder: Path) -> list[str]:
+    "Names of all files of a results folder but its seal, hidden ones, and the empty failures that Snakemake makes."
+    files = ((file, file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    kept = (name for file, name in files if not any(part.startswith(".") for part in name.parts) and (name.parts[0] != "failures" or file.stat().st_size))
+    return sorted(name.as_posix() for name in kept if name.as_posix() != SEAL)
+
+
+def seal(folder: Path) -> Path:
+    "Write the hashes of all that lies in a finished results folder: what stages wrote, and logs, statuses and what notebooks outside the graph have left."
+    return write_text(folder / SEAL, "".join(f"{sha256(folder / name)}  {name}\n" for name in files_of(folder)))
+
 
 # %% ../nbs/15_reproduce.ipynb #57165907
 _STYLE = """

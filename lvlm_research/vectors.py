@@ -5,6 +5,7 @@
 # %% ../nbs/12b_vectors.ipynb #78af9749
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,11 +92,10 @@ def _tasks(shard: int, rows: list[Row], batch_size: int) -> Iterator[Task]:
             yield Task(shard, kind, [rows[numbers[0]] for numbers in chosen], chosen)
 
 
-def _unpacked(records: Dataset, first: int = 0, size: int = SHARD) -> Iterator[list[dict]]:
-    "Records from the first wanted one on, `size` at a time."
-    for start in range(first, len(records), size):
-        block = records[start : start + size]
-        yield [dict(zip(block, values)) for values in zip(*block.values())]
+def _unpacked(records: Dataset, start: int, size: int) -> list[dict]:
+    "So many records from this one on."
+    block = records[start : start + size]
+    return [dict(zip(block, values)) for values in zip(*block.values())]
 
 # %% ../nbs/12b_vectors.ipynb #b4d9643e
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -179,19 +180,29 @@ def _embedded(embedder: Encodes, shards: Iterable[tuple[int, list[Row]]], dtype:
             found, done = {}, 0
 
 # %% ../nbs/12b_vectors.ipynb #617156b4
-FORMAT = 2  # raised when a file of before can no longer be read
+FORMAT = 3  # raised when a file of before can no longer be read
 SAME = {"weights": "model", "prompt": "prompt", "kind": "kind", "precision": "precision", "dtype": "dtype", "truncate_dim": "truncate_dim", "shard": "shard", "records": "data", "format": "format"}  # what must agree -> what is named
 
 
-def _survey(records: Dataset, root: str, kind: str, embedder: Encodes) -> dict:
-    "One pass over the records: their hash, the number of rows, records without a picture, captions that are cut."
-    digest, rows, without, cut = hashlib.sha256(), 0, 0, 0
-    for block in _unpacked(records):
+def _states(rows: list[Row]) -> list[str]:
+    "Size and time of the files of pictures, which tell a picture that was replaced; of an archive its own."
+    files = sorted({row.picture[0] for row in rows if row.picture})
+    return [f"{state.st_size} {state.st_mtime_ns}" for state in map(os.stat, filter(os.path.isfile, files))]
+
+
+def _survey(records: Dataset, root: str, kind: str, embedder: Encodes, shard: int) -> tuple[dict, list[str]]:
+    "One pass over the records: their hash and that of their pictures, the number of rows, records without a picture, captions that are cut; and what every shard is of."
+    digest, rows, without, cut, shards = hashlib.sha256(), 0, 0, 0, []
+    for start in range(0, len(records), shard):
+        block = _unpacked(records, start, shard)
         found = list(rows_of(block, root, kind))
-        digest.update("\0".join(f"{r.id}\0{r.caption}\0{r.text}" for r in found).encode())
+        texts = "\0".join(f"{r.id}\0{r.caption}\0{r.text}" for r in found)
+        digest.update(texts.encode())
+        shards.append(hashlib.sha256("\0".join([texts, *_states(found)]).encode()).hexdigest())
         rows, without = rows + len(found), without + sum(record["image"] is None for record in block)
         cut += embedder.count_cut([r.text for r in found if r.text])
-    return {"records": digest.hexdigest(), "rows": rows, "without_picture": without, "cut": cut}
+    pictures = hashlib.sha256("".join(shards).encode()).hexdigest()
+    return {"records": digest.hexdigest(), "pictures": pictures, "rows": rows, "without_picture": without, "cut": cut}, shards
 
 
 def _prompt_of(embedder: Encodes) -> dict | None:
@@ -212,18 +223,27 @@ def _folder_of(out: Path) -> Path:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*.parquet"), key=lambda file: int(file.stem))
+    return sorted((file for file in folder.glob("*.parquet") if file.stem.isdecimal()), key=lambda file: int(file.stem))
+
+
+_CARD = {"format": int, "model": str, "weights": str, "data": str, "root": str, "kind": str, "precision": str, "dtype": str, "shard": int, "records": str, "pictures": str, "complete": bool}
+_COUNTS = ("dimensions", "images", "texts")  # of what is finished
+
+
+def _is_card(card: dict) -> bool:
+    "Whether a JSON says all that is read of it here, in the kinds that it was written in."
+    counts = [card.get(name) for name in (_COUNTS if card.get("complete") else ())]
+    prompt, dimensions = card.get("prompt"), card.get("truncate_dim")
+    return (all(type(card.get(name)) is kind for name, kind in _CARD.items()) and all(type(count) is int and 0 <= count < 2**31 for count in counts) and card["format"] == FORMAT and card["dtype"] in DTYPES
+            and isinstance(getattr(torch, card["precision"], None), torch.dtype) and (dimensions is None or type(dimensions) is int)
+            and (prompt is None or isinstance(prompt, dict) and set(prompt) == {"image", "text"} and all(isinstance(text, str) for text in prompt.values())))
 
 
 def _read_card(file: Path) -> dict:
-    try:
-        card = read_object(file)
-        whole = card["format"] == FORMAT and {*SAME, "model", "data", "root", "complete"} <= set(card)
-    except (InputError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{file}: not written by lvlm-research embed of this version; embed again into another place")
-    return card
+    with suppress(InputError):
+        if _is_card(card := read_object(file)):
+            return card
+    raise InputError(f"{file}: not written by lvlm-research embed of this version; embed again into another place")
 
 
 def _check_same(place: Path, found: dict, wanted: dict) -> None:
@@ -254,9 +274,9 @@ def _join(shards: list[Path], out: Path, dimensions: int, dtype: str) -> None:
     "One file of many shards; a row group, or a stretch of the matrix, is a shard."
     rows = _rows_of(out)
     names = [f.name for f in _schema(1, dtype) if rows == out or f.name != "embedding"]
-    with write_beside(rows) as part, pq.ParquetWriter(part, pq.read_schema(shards[0]) if rows == out else pa.schema([_schema(1, dtype).field(n) for n in names]), use_dictionary=["kind"]) as writer:
+    with write_beside(rows) as part, pq.ParquetWriter(part, pa.schema([_schema(dimensions, dtype).field(n) for n in names]), use_dictionary=["kind"]) as writer:
         for shard in shards:
-            writer.write_table(pq.read_table(shard, columns=names))
+            writer.write_table(pq.read_table(shard, columns=names).replace_schema_metadata())
     if rows != out:
         shape = (sum(pq.read_metadata(s).num_rows for s in shards), dimensions)
         with write_beside(out) as part, open(part, "wb") as file:  # not mapped: a full disk would end the process without a word
@@ -295,7 +315,7 @@ def embed_data(
     if prompt and _prompt_of(embedder) != asdict(prompt):
         raise InputError(f"{model}: {'an adapter has its own prompt' if _prompt_of(embedder) else 'a dual encoder has no prompt'}; leave it out")
     data, root = os.path.abspath(data), os.path.abspath(images or (data if Path(data).is_dir() else Path(data).parent))
-    survey = _survey(records, root, kind, embedder)
+    survey, shards = _survey(records, root, kind, embedder, shard)
     card = {"format": FORMAT, "model": os.path.abspath(find_model(model)), "weights": model_signature(model), "prompt": _prompt_of(embedder), "data": data, "root": root,
             "kind": kind, "precision": precision, "dtype": dtype, "truncate_dim": truncate_dim, "shard": shard, **survey, "complete": False}
     if not survey["rows"]:
@@ -305,12 +325,12 @@ def embed_data(
         if _card_of(place).is_file():
             found = _read_card(_card_of(place))
             _check_same(place, found, card)
-            if found["complete"] and out.exists():
+            if found["complete"] and found["pictures"] == card["pictures"] and _is_whole(out, shards):
                 return _tidied(found, folder, out)
     if survey["cut"]:
         warnings.warn(f"{survey['cut']:,} captions are longer than the model can read, and are cut to its context")
     try:
-        _write_shards(embedder, records, card, folder, batch_size, skip_broken, progress)
+        _write_shards(embedder, records, shards, card, folder, batch_size, skip_broken, progress)
         return _finish(card, folder, out)
     except OSError as error:
         if not no_room(error):
@@ -318,20 +338,37 @@ def embed_data(
         raise InputError(f"{out}: cannot be written any further ({error.strerror}); {len(_shards_in(folder))} shards are kept: free some space and embed again, which goes on from there") from error
 
 
-def _write_shards(embedder: Encodes, records: Dataset, card: dict, folder: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
-    "The shards that are not there yet."
+def _is_of(shard: Path, of: list[str]) -> bool:
+    "Whether a shard is whole, and of its records and pictures."
+    try:
+        return pq.read_schema(shard).metadata[b"of"] == of[int(shard.stem)].encode()
+    except (OSError, IndexError, KeyError, TypeError, pa.ArrowException):  # one too many, not ours, torn
+        return False
+
+
+def _is_whole(out: Path, of: list[str]) -> bool:
+    "Whether what is finished is still all there, and in a folder every shard in its place."
+    try:
+        return all(_is_of(file, of) for file, _ in Vectors(out).pieces) if out.is_dir() else len(Vectors(out)) > 0
+    except InputError:
+        return False
+
+
+def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict, folder: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
+    "The shards that are not there yet, or not what they should be."
+    for stale in _shards_in(folder):
+        if not _is_of(stale, of):
+            stale.unlink()
     there = _shards_in(folder)
-    first = int(there[-1].stem) + 1 if there else 0
-    blocks = _unpacked(records, first * card["shard"], card["shard"])
-    shards = ((number, list(rows_of(block, card["root"], card["kind"]))) for number, block in enumerate(blocks, first))
+    todo = sorted(set(range(len(of))) - {int(shard.stem) for shard in there})
+    shards = ((n, list(rows_of(_unpacked(records, n * card["shard"], card["shard"]), card["root"], card["kind"]))) for n in todo)
     with torch.inference_mode(), embedder.encoding(card["rows"]), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
-        for number, table in _embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar):
-            if number == first:
-                check_space(folder, table.nbytes * (-(-len(records) // card["shard"]) - first), "what is still to be embedded")
-            if not _card_of(folder).is_file():
+        for made, (number, table) in enumerate(_embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar)):
+            if not made:
+                check_space(folder, table.nbytes * len(todo), "what is still to be embedded")
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
-                pq.write_table(table, part, row_group_size=len(table), use_dictionary=["kind"])
+                pq.write_table(table.replace_schema_metadata({"of": of[number]}), part, row_group_size=len(table), use_dictionary=["kind"])
 
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:
@@ -381,6 +418,8 @@ class Vectors:
             self.starts = np.cumsum([0] + [found.row_group(group).num_rows for _, found in described for group in range(found.num_row_groups)])
             self.matrix = np.load(self.path, mmap_mode="r") if self.is_matrix else None
             whole = len(self) == self.card["images"] + self.card["texts"] and (not self.is_matrix or self.matrix.shape == (len(self), self.card["dimensions"]))
+            columns = [field for field in _schema(self.card["dimensions"], self.card["dtype"]) if not self.is_matrix or field.name != "embedding"]
+            whole = whole and all(found.schema.to_arrow_schema().equals(pa.schema(columns)) for _, found in described)
         except (OSError, ValueError, pa.ArrowException):  # what numpy and pyarrow make of damaged files
             whole = False
         if not whole:
@@ -403,20 +442,14 @@ class Vectors:
             if len(chosen):
                 yield start + chosen, vectors[chosen].astype(np.float32)
 
-    def numbers(self, kind: str) -> np.ndarray:
-        "Numbers of all rows of a kind."
-        kinds = np.concatenate([self._read(piece, ["kind"])["kind"].to_numpy() for piece in range(len(self.pieces))])
-        return np.flatnonzero(kinds == kind)
-
     def rows(self, numbers: Iterable[int]) -> list[dict]:
         "id, kind, caption and text of rows, by number."
-        numbers, found = list(numbers), {}
-        pieces = np.searchsorted(self.starts, numbers, side="right") - 1
-        for piece in set(pieces.tolist()):
-            chosen = [n for n, p in zip(numbers, pieces) if p == piece]
-            rows = self._read(piece, ["id", "kind", "caption", "text"]).take([n - self.starts[piece] for n in chosen]).to_pylist()
-            found |= dict(zip(chosen, rows))
-        return [found[n] for n in numbers]
+        wanted, back = np.unique(np.fromiter(numbers, int), return_inverse=True)
+        found = []
+        for piece, chosen in enumerate(np.split(wanted, np.searchsorted(wanted, self.starts[1:-1]))):
+            if len(chosen):
+                found += self._read(piece, ["id", "kind", "caption", "text"]).take(chosen - self.starts[piece]).to_pylist()
+        return [found[n] for n in back]
 
 # %% ../nbs/12b_vectors.ipynb #a62e25a5
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]  # numbers (n,) and vectors (n, D)
@@ -439,23 +472,32 @@ def _graph(vectors: Vectors, kind: str):
     "faiss' graph over the rows of a kind."
     import faiss
 
-    state = hashlib.sha256(json.dumps(vectors.card, sort_keys=True).encode()).hexdigest()[:12]
-    file = vectors.path / f".{kind}-{state}.faiss" if vectors.path.is_dir() else vectors.path.with_name(f".{vectors.path.name}-{kind}-{state}.faiss")
+    files = sorted({*(file for file, _ in vectors.pieces), *([vectors.path] if vectors.is_matrix else [])})
+    states = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    state = hashlib.sha256(json.dumps([vectors.card, states], sort_keys=True).encode()).hexdigest()[:12]
+    folder, start = (vectors.path, f".{kind}-") if vectors.path.is_dir() else (vectors.path.parent, f".{vectors.path.name}-{kind}-")
+    file = folder / f"{start}{state}.faiss"
     if not file.is_file():
-        graph = faiss.IndexHNSWFlat(vectors.card["dimensions"], 32, faiss.METRIC_INNER_PRODUCT)
-        for _, block in vectors.blocks(kind):
-            graph.add(np.ascontiguousarray(block))
+        graph = faiss.IndexIDMap(faiss.IndexHNSWFlat(vectors.card["dimensions"], 32, faiss.METRIC_INNER_PRODUCT))
+        for numbers, block in vectors.blocks(kind):
+            graph.add_with_ids(np.ascontiguousarray(block), numbers)
+        for stale in folder.glob(f"{glob.escape(start)}*.faiss"):
+            stale.unlink()
         with write_beside(file) as part:
             faiss.write_index(graph, str(part))
-    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    try:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    except RuntimeError:  # what faiss makes of a damaged file
+        raise InputError(f"{file}: not a graph of faiss; remove it, the next search makes it again") from None
 
 
 def nearest_faiss(queries: torch.Tensor, vectors: Vectors, kind: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "`nearest`, nearly, without reading all rows; number -1 where the graph finds fewer."
+    import faiss
+
     graph = _graph(vectors, kind)
-    graph.hnsw.efSearch = max(64, 2 * k)
-    scores, found = graph.search(queries.numpy(), min(k, graph.ntotal))
-    return torch.from_numpy(scores), torch.from_numpy(np.where(found < 0, -1, vectors.numbers(kind)[found]))
+    scores, found = graph.search(queries.numpy(), min(k, graph.ntotal), params=faiss.SearchParametersHNSW(efSearch=max(64, 2 * k)))
+    return torch.from_numpy(scores), torch.from_numpy(found)
 
 # %% ../nbs/12b_vectors.ipynb #a716d9af
 def _is_picture(query: Picture) -> bool:
@@ -488,8 +530,13 @@ def search(
     if model_signature(folder) != card["weights"]:
         raise InputError(f"{index}: was not made with {folder}; embed again with this model, or search with the one that made it")
     embedder = load_embedder(folder, Prompt(**card["prompt"]) if card["prompt"] else SUMMARY, getattr(torch, card["precision"]))
-    states = [(embedder.encode_image if picture else embedder.encode_text)(query, truncate_dim=card["truncate_dim"]) for query, picture in zip(queries, pictures)]
-    asked = torch.stack(states)
+    asked = torch.empty(len(queries), card["dimensions"])
+    for encode, chosen in ((embedder.encode_image, torch.tensor(pictures)), (embedder.encode_text, ~torch.tensor(pictures))):
+        if chosen.any():
+            states = encode([query for query, c in zip(queries, chosen) if c], truncate_dim=card["truncate_dim"])
+            if states.shape[1] != card["dimensions"]:
+                raise InputError(f"{index}: has {card['dimensions']} dimensions, its model {states.shape[1]}; embed again")
+            asked[chosen] = states
     scores, numbers = nearest_faiss(asked, vectors, kind, top) if engine == "faiss" else nearest(asked, vectors.blocks(kind), top)
     hits = [(str(query), rank, round(score, 4), number) for query, *line in zip(queries, scores.tolist(), numbers.tolist()) for rank, (score, number) in enumerate(zip(*line), 1) if number >= 0]
     rows = vectors.rows(number for *_, number in hits)

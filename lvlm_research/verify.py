@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .config import PROFILES, InputError, profile_of, read_object, run_identity, sha256
+from .config import PROFILES, InputError, profile_of, read_object, read_text, run_identity, sha256
 from .reading import path_below
 from .reference import PUBLISHED
-from .reproduce import RESULTS_VERSION, Stage, fingerprint, stages, status_file
+from .reproduce import RESULTS_VERSION, SEAL, Stage, files_of, fingerprint, stages, status_file
 
 # %% auto #0
-__all__ = ['read_manifest', 'Verification', 'check_files', 'check_inputs', 'check_code', 'verify']
+__all__ = ['read_manifest', 'Verification', 'check_files', 'read_seal', 'check_seal', 'check_inputs', 'check_code', 'verify']
 
 # %% ../nbs/15b_verify.ipynb #a25e476a
 _HASHES = ("reads", "writes")  # of a stage
@@ -82,7 +82,7 @@ def _seal(folder: Path, published: bool, found: Verification) -> dict[str, dict]
 
 def check_files(folder: Path, manifest: dict, found: Verification) -> None:
     "Compare the hash of every file that a stage wrote."
-    published = not (folder / "profile.json").is_file()
+    published = not any((folder / name).is_file() for name in ("profile.json", SEAL))
     entries = _finished(manifest) | _seal(folder, published, found)
     for stage, entry in entries.items():
         for name, expected in entry["writes"].items():
@@ -96,7 +96,38 @@ def check_files(folder: Path, manifest: dict, found: Verification) -> None:
     if not published:
         found.problems += [f"status/{name}.json: is not the entry of the manifest; the stage was run again, or one of them edited"
                            for name, entry in manifest["stages"].items() if _status(folder, name) not in (entry, None)]
+        check_seal(folder, found)
     found.problems += [f"stage {name} failed: {str(entry.get('error'))[:200]}" for name, entry in manifest["stages"].items() if entry.get("state") != "ok"]
+
+
+def read_seal(folder: Path) -> dict[str, str]:
+    "Name -> sha256 of all files that lay there when the run was finished."
+    file, line = folder / SEAL, re.compile("([0-9a-f]{64})  (.+)\n")
+    if not file.is_file():
+        raise InputError(f"{file}: is missing; `lvlm-research stage report` seals the results as they are")
+    lines = read_text(file).splitlines(keepends=True)
+    sealed = {found[2]: found[1] for found in map(line.fullmatch, lines) if found}
+    if not sealed or "".join(f"{sealed[name]}  {name}\n" for name in sorted(sealed)) != "".join(lines):
+        raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; `lvlm-research stage report` writes it again")
+    return sealed
+
+
+def check_seal(folder: Path, found: Verification) -> None:
+    "Compare all files with the hashes that they had when the run was finished; what is named already is not named again."
+    try:
+        sealed = read_seal(folder)
+    except InputError as error:
+        found.problems.append(str(error))
+        return
+    there = set(files_of(folder))
+    named = {problem.partition(": ")[0] for problem in found.problems}
+    for name in sorted({*sealed, *there} - named):
+        if name not in sealed:
+            found.problems.append(f"{name}: was not there when the run was finished; remove it, or seal it with `lvlm-research stage report`")
+        elif name not in there:
+            found.problems.append(f"{name}: is missing; it was there when the run was finished")
+        elif sha256(folder / name) != sealed[name]:
+            found.problems.append(f"{name}: differs from what {SEAL} says")
 
 
 def _status(folder: Path, stage: str) -> dict | None:

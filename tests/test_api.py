@@ -26,7 +26,7 @@ from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
 from lvlm_research.embedder import DiscriminativeLVLM, ahead, open_image
-from lvlm_research.evaluation import ClipEmbedder, load_embedder
+from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
@@ -396,6 +396,31 @@ def test_what_is_finished_is_not_made_again(scenes, tmp_path):
     assert read(tmp_path) == whole
 
 
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:900]), lambda f: shutil.copy(f.with_name("00000.parquet"), f)], ids=["gone", "torn", "another's"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_shard_that_is_not_what_it_should_be_is_made_again_and_no_other(damage, complete, scenes, tmp_path):
+    data, place = as_folder(tmp_path / "data", scenes[:8]), tmp_path / "x"
+    card = embed_data(CLIP, data, place, shard=2)
+    whole, times = read(place), {p.name: p.stat().st_mtime_ns for p in place.glob("0*.parquet")}
+    damage(place / "00001.parquet")
+    (place / "index.json").write_text(json.dumps(card | {"complete": complete}))
+    embed_data(CLIP, data, place, shard=2)
+    assert read(place) == whole and len(Vectors(place)) == 24
+    assert [name for name in times if (place / name).stat().st_mtime_ns != times[name]] == ["00001.parquet"]
+
+
+@pytest.mark.parametrize("out", ["x", "x.parquet", "x.npy"])
+def test_a_picture_that_was_replaced_gets_its_own_vector(out, scenes, tmp_path):
+    data, place = as_folder(tmp_path / "data", scenes[:8]), tmp_path / out
+    embed_data(CLIP, data, place, shard=2)
+    times = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("x/0*.parquet")}
+    Image.fromarray(scenes[20][0]).save(data / "5.png")
+    assert search(place, [str(data / "5.png")]).score[0] < 1
+    embed_data(CLIP, data, place, shard=2)
+    assert search(place, [str(data / "5.png")])[["id", "score"]].iloc[0].tolist() == ["5.png", 1]
+    assert {name for name in times if (tmp_path / "x" / name).stat().st_mtime_ns != times[name]} == ({"00002.parquet"} if out == "x" else set())
+
+
 @pytest.mark.parametrize("out", ["x", "x.parquet"])
 def test_a_place_of_another_model_or_other_data_is_refused_by_name(out, scenes, tmp_path):
     data, place = as_folder(tmp_path / "data", scenes[:4]), tmp_path / out
@@ -520,6 +545,23 @@ def test_a_damaged_index_is_refused(index, tmp_path, damage, says):
         search(tmp_path / "x", ["a star"])
 
 
+@pytest.mark.parametrize("field", ["format", "model", "weights", "prompt", "precision", "dtype", "truncate_dim", "shard", "complete", "dimensions", "images", "texts"])
+def test_an_edited_index_is_one_line(index, tmp_path, field):
+    shutil.copytree(index / "x", tmp_path / "x")
+    card = json.loads((index / "x/index.json").read_text())
+    for value in (None, [], {}, {"image": 1, "text": 2}, "x", "Tensor", -1, 0, 1, 10**30, 0.5, True, False):
+        (tmp_path / "x/index.json").write_text(json.dumps(card | {field: value}))
+        means_the_same = value is None and field in ("prompt", "truncate_dim") or type(value) is int and field == "shard" or value is card[field]
+        if not means_the_same:  # of an adapter, whose own prompt it is
+            with pytest.raises(InputError, match="not written by|not whole|not finished|does not exist|was not made|dimensions"):
+                search(tmp_path / "x", ["a star"])
+    for columns in (["id"], ["embedding"]):
+        pq.write_table(pq.read_table(tmp_path / "x/00003.parquet").drop_columns(columns), tmp_path / "x/00003.parquet")
+        (tmp_path / "x/index.json").write_text(json.dumps(card))
+        with pytest.raises(InputError, match="not whole"):
+            search(tmp_path / "x", ["a star"])
+
+
 def test_a_search_finds_its_model_or_says_which(index, tmp_path):
     shutil.copytree(ADAPTER, tmp_path / "moved")
     card = json.loads((index / "x.parquet.json").read_text())
@@ -534,12 +576,67 @@ def test_a_search_finds_its_model_or_says_which(index, tmp_path):
         search(tmp_path / "x.parquet", ["none.jpg"])
 
 
+@pytest.mark.parametrize("size", [3 * 2**20, 70 * 2**20])
+def test_every_byte_of_a_model_counts(tmp_path, monkeypatch, size):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "merges.txt"):
+        (model / name).write_text("{}")
+    with open(model / "model.safetensors", "wb") as weights:
+        weights.truncate(size)
+    signatures = [model_signature(model)]
+    for file in sorted(model.iterdir()):
+        with open(file, "r+b") as changed:
+            changed.seek(file.stat().st_size // 2)
+            changed.write(b"!")
+        signatures.append(model_signature(model))
+    assert len(set(signatures)) == 7
+    assert model_signature(model) == model_signature(shutil.copytree(model, tmp_path / "moved")) == signatures[-1]
+    kept = list(tmp_path.glob("cache/*/*"))
+    assert len(kept) == (3 if size > 2**26 else 0)  # before and after the change, and where it was copied to
+    for file in kept:
+        file.write_text("kept")
+    assert (model_signature(model) == signatures[-1]) == (not kept)  # a large file that has not changed is not read again
+
+
+def test_an_adapter_is_of_its_base(tmp_path):
+    shutil.copytree(CHECKPOINTS / "llava-micro", tmp_path / "base")
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    config = json.loads((ADAPTER / "discriminative.json").read_text())
+    (tmp_path / "adapter/discriminative.json").write_text(json.dumps(config | {"base": "../base"}))
+    before = model_signature(tmp_path / "adapter")
+    with open(tmp_path / "base/chat_template.jinja", "a") as template:
+        template.write(" ")
+    assert model_signature(tmp_path / "adapter") != before
+
+
 def test_faiss_finds_the_same_here(index, tmp_path):
     pytest.importorskip("faiss")
     shutil.copytree(index / "x", tmp_path / "x")
     queries = ["a red star", str(index / "data/5.png")]
     exact, graph = (search(tmp_path / "x", queries, top=5, engine=e) for e in ("torch", "faiss"))
     assert exact.equals(graph) and len(list((tmp_path / "x").glob(".image-*.faiss"))) == 1
+    texts = lambda: [search(tmp_path / "x", queries, "text", top=5, engine=e) for e in ("torch", "faiss")]
+    assert texts()[0].equals(texts()[1])
+    shard = pq.read_table(tmp_path / "x/00001.parquet")
+    vectors = np.stack(shard["embedding"].to_pylist())[::-1].astype(np.float32)
+    pq.write_table(shard.set_column(4, "embedding", pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 128)), tmp_path / "x/00001.parquet")
+    exact, graph = texts()  # the JSON is the same, the vectors are not
+    assert exact.equals(graph) and len(list((tmp_path / "x").glob(".*.faiss"))) == 2
+    graph, = (tmp_path / "x").glob(".text-*.faiss")
+    graph.write_bytes(b"torn")
+    with pytest.raises(InputError, match="not a graph of faiss; remove it"):
+        texts()
+
+
+def test_the_rows_of_hits_are_read_a_piece_once_and_come_in_their_order(index, monkeypatch):
+    vectors = Vectors(index / "x")
+    numbers = np.random.default_rng(0).integers(0, len(vectors), 500)
+    table = pq.read_table([index / f"x/{i:05}.parquet" for i in range(6)], columns=["id", "kind", "caption", "text"]).to_pylist()
+    pieces, reader = [], vectors._read
+    monkeypatch.setattr(vectors, "_read", lambda piece, columns: pieces.append(piece) or reader(piece, columns))
+    assert vectors.rows(iter(numbers)) == [table[n] for n in numbers] and sorted(pieces) == list(range(6)) and vectors.rows([]) == []
 
 
 # Fine-tuning by a file

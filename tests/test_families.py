@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_torchvision_available
 
 from conftest import CHECKPOINTS, run
@@ -20,8 +21,8 @@ from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.doctor import describe
 from lvlm_research.embedder import DiscriminativeLVLM
-from lvlm_research.evaluation import load_embedder
-from lvlm_research.families import TESTED_FAMILIES, load_processor
+from lvlm_research.evaluation import DUAL_ENCODERS, load_embedder
+from lvlm_research.families import TESTED_FAMILIES, _too_large, load_processor
 from lvlm_research.fitting import fit
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.losses import info_nce
@@ -251,6 +252,15 @@ def configured(**config):
     return lambda folder: (folder / "config.json").write_text(json.dumps(config))
 
 
+def absurd(field, number):
+    "A config, otherwise of the model, that asks for so much in its part for texts."
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"][field] = number
+        (folder / "config.json").write_text(json.dumps(config))
+    return change
+
+
 def cut(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
 
@@ -294,6 +304,8 @@ def without_template(folder):
     ("llava-micro", configured(model_type="mllama"), "pictures do not enter as tokens"),
     ("llava-micro", configured(model_type="llama4"), "no inner model without the head"),
     ("llava-micro", without_template, "has no chat template"),
+    *((source, absurd(field, number), f"{field} is {number:,}, more than") for source in ("llava-micro", "clip-micro")
+      for field, number in (("num_hidden_layers", 20_000_000), ("hidden_size", 10**9), ("intermediate_size", 10**12), ("vocab_size", 10**10), ("max_position_embeddings", 10**11))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_folder_that_is_refused(source, damage, says, tmp_path, capsys):
     folder = tmp_path / "model"
@@ -307,6 +319,11 @@ def test_a_folder_that_is_refused(source, damage, says, tmp_path, capsys):
         assert main(["doctor", str(folder)]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+
+
+def test_no_family_is_too_large_by_its_defaults():
+    configs = {name: json.loads(CONFIG_MAPPING[name]().to_json_string(use_diff=False)) for name in TESTED_FAMILIES + DUAL_ENCODERS}
+    assert {name: fault for name, config in configs.items() if (fault := _too_large(config))} == {}
 
 
 def test_an_adapter_of_pickles_or_with_nan_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches, only_split
 from lvlm_research.embedder import DiscriminativeLVLM
-from lvlm_research.formats import _row_group, data_report, read_records, record_pairs, shuffled, sort_captions
+from lvlm_research.formats import _row_group, data_report, picture_bytes, read_records, record_pairs, shuffled, sort_captions
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
 
 TOKENIZER = world_tokenizer()
@@ -422,6 +422,30 @@ def test_a_shuffle_buffer_holds_no_more_than_it_may():
     order = shuffled(((next(taken), i)[1] for i in range(5000)), np.random.default_rng(0), 100)
     first = list(itertools.islice(order, 3000))
     assert next(taken) <= 3000 + 101 and sorted([*first, *order]) == list(range(5000))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_picture_that_is_repeated_two_thousand_times_is_held_once(tmp_path, nested):
+    _row_group.cache_clear()
+    picture = _picture() + bytes(2**20)  # what follows a picture is not read
+    column = pa.array([{"bytes": picture, "path": None}] * 2000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])) if nested else pa.array([picture] * 2000)
+    pq.write_table(pa.table({"image": column, "caption": np.random.default_rng(0).bytes(8000).hex(" ", 4).split()}), tmp_path / "x.parquet", compression="zstd", dictionary_pagesize_limit=2**22)
+    del column
+    before = pa.total_allocated_bytes()
+    records = read_records(tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 50_000 and len(records) == 2000
+    assert picture_bytes(str(tmp_path / "x.parquet"), (0, 1999)) == picture and pa.total_allocated_bytes() - before < 2**25
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_a_parquet_bomb_is_refused_before_it_is_unpacked(tmp_path, column):
+    values = {"image": [b"x"], "caption": ["a star"]} | {column: [bytes(2**28) if column == "image" else "a" * 2**28]}
+    pq.write_table(pa.table(values), tmp_path / "x.parquet", compression="zstd", write_statistics=False)
+    del values
+    peak = pa.default_memory_pool().max_memory()
+    with pytest.raises(InputError, match=r"x.parquet: not a readable parquet file \(row group 0 unpacks [0-9,]{1,7} bytes to 268"):
+        read_records(tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 50_000 and pa.default_memory_pool().max_memory() == peak
 
 
 def test_a_parquet_is_read_by_row_group(ten, tmp_path):

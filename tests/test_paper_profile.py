@@ -1,5 +1,6 @@
 "A profile that brings checkpoints, pairs and public benchmarks runs the same notebooks; here with toy models of the real classes and ten made records."
 import json
+import re
 import shutil
 
 import matplotlib
@@ -11,10 +12,10 @@ from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT, fails_in_one_line
 from lvlm_research.backbones import world_tokenizer
-from lvlm_research.config import InputError, find_model, profile_of
+from lvlm_research.config import InputError, find_model, profile_of, sha256
 from lvlm_research.dry_run import check_sources, model_size, plan
 from lvlm_research.embedder import DiscriminativeLVLM, adapter_config
-from lvlm_research.reproduce import check_parameters, notebook_path, results_folder, stages
+from lvlm_research.reproduce import check_parameters, fingerprint, is_current, notebook_path, results_folder, signatures, stages
 from lvlm_research.scenes import NEGATIVE_TYPES, long_caption, sample_scenes, scene_images, short_caption
 from lvlm_research.zoo import micro_family
 
@@ -118,6 +119,25 @@ def test_the_report_says_what_is_left_out_and_shows_the_rest(results):
     assert "checkpoints, training data and public benchmarks that the profile names" in page and "missing:" not in page
     assert "fig6: draws made scenes" in page and "classification of ImageNet" in page and "Figure 6" not in page and "Claims</h2>" not in page
     assert not [line for line in page.split("Left out")[0].split("<h2>") if "scenes" in line.split("</p>")[0]]  # no note speaks of the made world
+
+
+@pytest.mark.parametrize("file, brought, stage", [
+    ("llava/model.safetensors", "model base", "train-vladva"), ("llava/tokenizer_config.json", "model base", "evaluate-zero-shot"), ("qwen2_vl/chat_template.jinja", "model qwen2-vl", "train-vladva-qwen2-vl"),
+    ("pictures/3.png", "training|validation|benchmark .*", "train-soft"), ("val.json", "validation", "prompts"), ("sugarcrepe/swap_att.json", "benchmark sugarcrepe", "benchmarks")])
+def test_a_stage_is_stale_when_what_the_profile_brings_has_changed(profile, tmp_path, file, brought, stage):
+    world, results = shutil.copytree(profile.parent, tmp_path / "world"), tmp_path / "results"
+    graph = [s for s in stages(str(world / "toy.json")) if s.brought]
+    for s in graph:
+        for name in (*s.reads, *s.writes):
+            write(results / name, "x")
+        hashes = lambda names: {name: sha256(results / name) for name in names}
+        write(results / f"status/{s.name}.json", {"fingerprint": fingerprint(s), "reads": hashes(s.reads), "writes": hashes(s.writes), "brought": signatures(s)})
+    assert all(is_current(s, results) for s in graph)
+    changed = bytearray((world / file).read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (world / file).write_bytes(changed)
+    stale = {s.name for s in graph if not is_current(s, results)}
+    assert stage in stale and stale == {s.name for s in graph if any(re.fullmatch(brought, name) for name in s.brought)} != {s.name for s in graph}
 
 
 def test_a_dry_run_counts_what_is_there_and_names_what_is_not(profile, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from lvlm_research.config import available_cores
 from lvlm_research.reproduce import ROWS
+from lvlm_research.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,13 @@ def test_verify_names_an_edited_table_and_a_swapped_checkpoint(clone):
         result = lvlm(clone, "verify", str(results))
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and name in result.stderr, name
         (results / name).write_bytes(before)
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=results).returncode == 0
+    for name in ("manifest.json", "profile.json", "status/report.json", "status/tab2.json", "notebooks/tab2.ipynb", "failures/tab2.json", "tables/tab10.csv", "SHA256SUMS"):
+        before = (results / name).read_bytes() if (results / name).is_file() else None
+        (results / name).write_bytes((before or b"") + b" ")
+        problem, = verify(results).problems
+        assert name in problem
+        (results / name).unlink() if before is None else (results / name).write_bytes(before)
     status = results / "status/fig6.json"
     before = status.read_text()
     status.write_text(before.replace('"parameters": {}', '"parameters": {"seed": 7}'))
