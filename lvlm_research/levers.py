@@ -9,8 +9,8 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -83,12 +83,17 @@ def only_rows(
         yield
 
 # %% ../nbs/05d_levers.ipynb #19d7c282
-_PIECES: ContextVar[tuple[list[tuple[int, int, torch.Tensor | None]], int]] = ContextVar("pieces")  # (rows, tokens, mask) of each, and the tokens before them
-
-
-def _attend_in_pieces(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **options) -> tuple[torch.Tensor, None]:
+def _attend_in_pieces(
+    pieces: list[tuple[int, int, torch.Tensor | None]],  # rows of one length, tokens of each, mask
+    before: int,  # tokens that come before every row
+    module: nn.Module,
+    query: torch.Tensor,  # (1, heads, N, d)
+    key: torch.Tensor,  # (1, heads, before + N, d)
+    value: torch.Tensor,
+    attention_mask: None,
+    **options,
+) -> tuple[torch.Tensor, None]:
     "Attention `(1, N, heads, d)` of rows that follow each other, each within itself and to the tokens before all of them."
-    pieces, before = _PIECES.get()
     sizes = [rows * tokens for rows, tokens, _ in pieces]
     first, found = (key[:, :, :before], value[:, :, :before]), []
     for (rows, tokens, mask), *parts in zip(pieces, query.split(sizes, 2), key[:, :, before:].split(sizes, 2), value[:, :, before:].split(sizes, 2)):
@@ -97,9 +102,6 @@ def _attend_in_pieces(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
             k, v = (torch.cat([shared.expand(rows, -1, -1, -1), part], 2) for shared, part in zip(first, (k, v)))
         found.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
     return torch.cat(found)[None], None
-
-
-AttentionInterface.register("in_pieces", _attend_in_pieces)  # no mask is registered with it, so that transformers makes none
 
 
 def packs(
@@ -124,13 +126,12 @@ def in_pieces(
     config, device = model.get_decoder().config, model.device
     mask = lambda tokens: torch.ones(tokens, before + tokens, dtype=torch.bool, device=device).tril(before)[None, None] if before else None
     pieces = [(len(list(rows)), tokens, mask(tokens)) for tokens, rows in itertools.groupby(lengths)]
-    chosen, token = config._attn_implementation, _PIECES.set((pieces, before))
-    config._attn_implementation = "in_pieces"
+    AttentionInterface.register("in_pieces", partial(_attend_in_pieces, pieces, before))  # without a mask of this name, so that transformers makes none
+    chosen, config._attn_implementation = config._attn_implementation, "in_pieces"
     try:
         yield
     finally:
         config._attn_implementation = chosen
-        _PIECES.reset(token)
 
 # %% ../nbs/05d_levers.ipynb #227c3e35
 def keeps_tokens(model: PreTrainedModel) -> bool:
