@@ -32,18 +32,24 @@ __all__ = ['Encoders', 'ARMS', 'Hits', 'RECALL_ARMS', 'write_embedder', 'ours', 
            'run_arm', 'vectors_file', 'apart', 'made_vectors', 'full_matrix', 'one_hot', 'run_recall']
 
 # %% ../nbs/19a_embedding_rivals.ipynb #730b8cfc
+def _dtype(folder: Path) -> torch.dtype:
+    "That the base was written in."
+    return getattr(torch, read_json(folder / "base/config.json")["dtype"])
+
+
 def write_embedder(
     folder: str | Path,  # gets base, adapter, export and inputs.json
     family: str,
     texts: Sequence[str],
     pictures: Sequence[str | Path],  # files
+    **size,  # of `proportioned_base`
 ) -> Path:
     "An embedder with real proportions, LoRA and soft prompts, in both forms, and the lists that all arms embed."
     folder = Path(folder)
     torch.manual_seed(0)
-    for part in proportioned_base(family, texts):
+    for part in proportioned_base(family, texts, **size):
         part.save_pretrained(folder / "base")
-    lvlm = as_if_in_training(prepare(DiscriminativeLVLM.from_pretrained(folder / "base"), VARIANTS["vladva"])).eval()
+    lvlm = as_if_in_training(prepare(DiscriminativeLVLM.from_pretrained(folder / "base", dtype=_dtype(folder)), VARIANTS["vladva"])).eval()
     lvlm.save_pretrained(folder / "adapter")
     lvlm.export(folder / "export")
     write_text(folder / "inputs.json", json.dumps({"text": list(texts), "image": list(map(str, pictures))}))
@@ -54,7 +60,7 @@ Encoders = dict[str, Callable[[list[str]], torch.Tensor]]  # by modality
 
 
 def ours(folder: Path) -> Encoders:
-    embedder = load_embedder(folder / "adapter")
+    embedder = load_embedder(folder / "adapter", dtype=_dtype(folder))
     return {"text": embedder.encode_text, "image": embedder.encode_image}
 
 

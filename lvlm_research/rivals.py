@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from PIL import Image
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+from transformers import (AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedModel,
+                          PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLConfig, Qwen2VLImageProcessorPil)
 from transformers.utils import logging as hf_logging
 
 from .backbones import Qwen2VLPictureProcessor, quiet_loading, token_types
@@ -42,11 +42,12 @@ from .training import VARIANTS, Discriminative, prepare
 from .vectors import nearest
 
 # %% auto #0
-__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'PUBLISHED', 'CHAT', 'RIVALS',
-           'WITHOUT', 'OURS', 'CONTRASTIVE', 'TASKS', 'proportioned_base', 'proportioned', 'made_pairs', 'peer_style',
-           'lean', 'lean_one_pass', 'ours', 'as_if_in_training', 'contrastive', 'resident', 'forget_peak', 'joint',
-           'own', 'gradients_of', 'operations', 'largest_difference', 'measured', 'run_arm', 'run_search',
-           'in_fresh_process', 'race', 'ratios']
+__all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 'TEMPLATES', 'PUBLISHED', 'CHAT', 'SMALL', 'FULL',
+           'COMPILED', 'RIVALS', 'WITHOUT', 'OURS', 'CONTRASTIVE', 'TASKS', 'Sizes', 'proportioned_base',
+           'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'compiled', 'as_if_in_training',
+           'contrastive', 'resident', 'forget_peak', 'joint', 'own', 'gradients_of', 'operations', 'largest_difference',
+           'measured', 'run_arm', 'fits', 'largest_batch', 'matmul_peak', 'run_search', 'in_fresh_process', 'race',
+           'ratios']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -91,44 +92,74 @@ def _tokenizer(family: str, words: int, texts: Sequence[str]) -> PreTrainedToken
                                    extra_special_tokens=named, clean_up_tokenization_spaces=False)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    "Of a language model and of its vision tower."
+
+    words: int
+    width: int
+    inner: int  # of the MLP
+    layers: int
+    heads: int
+    key_heads: int
+    tower: dict  # of its config
+    side: int  # pixels of a picture
+
+    def shrunk(self, by: int) -> "Sizes":
+        "Widths and numbers of heads divided."
+        less = {name: max(getattr(self, name) // by, 1) for name in ("width", "inner", "heads", "key_heads")}
+        widths = {"hidden_size", "intermediate_size", "embed_dim", "num_heads", "num_attention_heads"}
+        return replace(self, **less, tower={name: value // by if name in widths else value for name, value in self.tower.items()})
+
+
+SMALL = {
+    "llava": Sizes(2560, 384, 1032, 6, 6, 6, dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=8), 64),
+    "qwen2-vl": Sizes(3072, 256, 1493, 6, 4, 1, dict(depth=5, embed_dim=256, hidden_size=256, num_heads=4, patch_size=4, spatial_merge_size=2), 64),
+}
+FULL = {  # LLaVA-1.5-7B and Qwen2-VL-2B, whose pictures may be of any size
+    "llava": Sizes(32064, 4096, 11008, 32, 32, 32, dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14), 336),
+    "qwen2-vl": Sizes(151936, 1536, 8960, 28, 12, 2, dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, patch_size=14, spatial_merge_size=2), 504),
+}
+
+
 def proportioned_base(
     family: str,
     texts: Sequence[str] = (),  # real ones, for a tokenizer of byte pairs and the published chat template; empty: random words
     shrink: int = 1,  # widths and numbers of heads are divided by it
+    full: bool = False,  # of the size itself, in bfloat16
+    device: str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, and its processor."
-    square = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    size = FULL[family] if full else SMALL[family].shrunk(shrink)
+    tokenizer, patch, square = _tokenizer(family, size.words, texts), size.tower["patch_size"], dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    text = dict(vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.inner, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+                num_key_value_heads=size.key_heads, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     if family == "llava":
-        width, heads, tokenizer = 384 // shrink, 6 // shrink, _tokenizer(family, 2560, texts)
-        text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=6, num_attention_heads=heads, num_key_value_heads=heads,
-                           max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = CLIPVisionConfig(hidden_size=128 // shrink, intermediate_size=512 // shrink, num_hidden_layers=4, num_attention_heads=4 // shrink, image_size=64, patch_size=8)
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=64)
-        pictures = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, **square)
-        processor = LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**size.tower, image_size=size.side), text_config=LlamaConfig(**text),
+                             image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size.side // patch) ** 2)
+        pictures = CLIPImageProcessorPil(size={"height": size.side, "width": size.side}, do_center_crop=False, **square)
+        processor = LlavaProcessor(pictures, tokenizer, patch_size=patch, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
                                    image_token="<image>", num_additional_image_tokens=1)
-        model = LlavaForConditionalGeneration(config)
     else:
-        width, tokenizer = 256 // shrink, _tokenizer(family, 3072, texts)
-        text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 35 // 6, num_hidden_layers=6, num_attention_heads=4 // shrink, num_key_value_heads=1,
-                    max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
-                    pad_token_id=0, eos_token_id=1, bos_token_id=None)
-        vision = dict(depth=5, embed_dim=width, hidden_size=width, num_heads=4 // shrink, patch_size=4, spatial_merge_size=2, image_size=64)
+        turn = size.width // size.heads // 8  # of the head's frequencies a quarter is for time, the rest for rows and columns
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [turn, 3 * turn // 2, 3 * turn // 2]}
         names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-        config = Qwen2VLConfig(text_config=text, vision_config=vision, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
-        pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64**2, max_pixels=64**2, **square)
-        processor, model = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template), Qwen2VLForConditionalGeneration(config)
-    return model, processor
+        config = Qwen2VLConfig(text_config=text, vision_config=size.tower, tie_word_embeddings=full, **{f"{n}_id": getattr(tokenizer, f"{n}_id") for n in names})
+        pictures = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, min_pixels=size.side**2, max_pixels=size.side**2, **square)
+        processor = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if full else torch.float32), processor
 
 
 def proportioned(
     family: str,
     variant: str = "vladva",  # what is trained
-    shrink: int = 1,
+    **size,  # of `proportioned_base`
 ) -> DiscriminativeLVLM:
     "The same with what the variant trains, for random words."
+    base, processor = proportioned_base(family, **size)
     prompt = Prompt("w1 w2 w3 w4 w5 w6 w7 w8", " w1 w2 w3 w4 w5 w6 w7 w9")
-    return prepare(DiscriminativeLVLM(*proportioned_base(family, shrink=shrink), prompt), VARIANTS[variant])
+    return prepare(DiscriminativeLVLM(base, processor, prompt), VARIANTS[variant]).to(base.device, base.dtype)
 
 
 def made_pairs(
@@ -199,6 +230,14 @@ def ours(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale:
     return info_nce(image, lvlm.embed(batch.text, "text"), scale, batch.caption) + next_token
 
 
+def compiled(lvlm: DiscriminativeLVLM) -> None:
+    "Have torch compile the layers of the language model, for rows of any number and length."
+    lvlm.levers = replace(lvlm.levers, packed=False)  # where a pack is cut is different in every batch, and would be compiled anew
+    for layer in lvlm.model.get_decoder().layers[:-1]:  # the last one has hooks, which compiled code would not follow
+        layer.compile(dynamic=True)
+
+
+COMPILED = "ours, compiled"
 RIVALS = {"peer style": peer_style, "lean": lean, "lean, one pass": lean_one_pass}
 WITHOUT = {name: (name,) for name, value in vars(Levers()).items() if value is True} | {"length_groups": ("packed", "length_groups")}  # there are groups where rows are not packed
 OURS = {"ours": Levers(), **{f"ours without {', '.join(names)}": replace(Levers(), **dict.fromkeys(names, False)) for names in WITHOUT.values()}, "ours, no lever": PLAIN}
@@ -221,13 +260,14 @@ def _sentence_transformers(lvlm: DiscriminativeLVLM, base: DiscriminativeLVLM, p
     quiet_loading()
     hf_logging.set_verbosity_error()  # the head has no place in this model, which transformers would report
     with tempfile.TemporaryDirectory() as place, without_torchvision():
-        model = SentenceTransformer(str(base.export(Path(place) / "base")), device="cpu").requires_grad_(False).train()
+        model = SentenceTransformer(str(base.export(Path(place) / "base")), device=str(lvlm.device), model_kwargs={"dtype": lvlm.model.dtype}).requires_grad_(False).train()
     model.tokenizer.padding_side = "right"
     inner, own = model[0].model, lambda name: name.removeprefix("model.")
     inject_adapter_in_model(LoraConfig(r=lvlm.lora.r, lora_alpha=lvlm.lora.lora_alpha, target_modules=[own(n) for n in lvlm.lora.target_modules], bias="none"), inner)
     trained = [name for name, p in lvlm.model.named_parameters() if p.requires_grad]
-    inner.load_state_dict({own(name): lvlm.model.get_parameter(name) for name in trained}, strict=False)
-    features = [model.preprocess([Image.fromarray(p.image) for p in pairs]), model.preprocess([p.short for p in pairs])]
+    inner.to(lvlm.model.dtype).load_state_dict({own(name): lvlm.model.get_parameter(name) for name in trained}, strict=False)
+    inputs = model.preprocess([Image.fromarray(p.image) for p in pairs]), model.preprocess([p.short for p in pairs])
+    features = [{name: value.to(lvlm.device) if torch.is_tensor(value) else value for name, value in each.items()} for each in inputs]
     options = dict(scale=scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=cache_rows, **options) if cache_rows else MultipleNegativesRankingLoss(model, **options)
     return lambda: 2 * loss([dict(f) for f in features], None), {name: inner.get_parameter(own(name)) for name in trained}
@@ -241,15 +281,15 @@ def contrastive(
     family: str,
     batch: int,
     cache_rows: int = 0,  # rows whose graph exists at a time; 0: all
-    shrink: int = 1,
+    **size,  # of `proportioned_base`
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The contrastive step of an arm on a model and a batch of its own, and what both arms train."
     torch.manual_seed(0)
-    lvlm, pairs = as_if_in_training(proportioned(family, "lora", shrink).train()), made_pairs(batch)
+    lvlm, pairs = as_if_in_training(proportioned(family, "lora", **size).train()), made_pairs(batch)
     module = Discriminative(lvlm, cache_rows=cache_rows)
     if arm != "ours":
         torch.manual_seed(0)
-        base = proportioned(family, "zero-shot", shrink)  # the same weights again
+        base = proportioned(family, "zero-shot", **size)  # the same weights again
         return _sentence_transformers(lvlm, base, pairs, module.temperature().item(), cache_rows)
     prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=False)(0)
     return lambda: module.training_step(prepared, 0), {name: p for name, p in lvlm.model.named_parameters() if p.requires_grad}
@@ -269,18 +309,21 @@ def forget_peak() -> None:
 
 
 def joint(
-    arm: str,  # of RIVALS or OURS
+    arm: str,  # of RIVALS or OURS, or COMPILED
     family: str,
     batch: int,
     repeated: float = 0.0,  # share of the short captions that have come before
-    shrink: int = 1,
+    **size,  # of `proportioned_base`
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The joint step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
-    lvlm = as_if_in_training(proportioned(family, shrink=shrink).train())
-    lvlm.levers = OURS.get(arm, PLAIN)
-    temperature = torch.nn.Parameter(torch.tensor(10.0))
+    lvlm = as_if_in_training(proportioned(family, **size).train())
+    lvlm.levers = OURS.get(arm, PLAIN if arm in RIVALS else Levers())
+    if arm == COMPILED:
+        compiled(lvlm)
+    temperature = torch.nn.Parameter(torch.tensor(10.0, device=lvlm.device))
     pairs = joint_batches(lvlm.templates, lambda step: made_pairs(batch, step, repeated=repeated))(0)
+    pairs = replace(pairs, **{name: getattr(pairs, name).to(lvlm.device) for name in ("image", "text", "has_short", "caption")})
     prompts, step = pairs.image.prompts(), RIVALS.get(arm, ours)
     trained = {**{n: p for n, p in lvlm.named_parameters() if p.requires_grad}, "scale": temperature}
     return lambda: step(lvlm, pairs, prompts, temperature), trained
@@ -292,14 +335,13 @@ def own(
     batch: int,
     cache_rows: int = 0,
     tokens: int = 0,  # of every long caption; 0: as many as real ones have
-    shrink: int = 1,
-    device: str = "cpu",
+    **size,  # of `proportioned_base`
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.nn.Parameter]]:
     "The step of this package as a training takes it, with or without the next-token loss, and what it trains."
     torch.manual_seed(0)
     variant = VARIANTS["vladva" if arm == "joint" else "both"]
-    lvlm, pairs = as_if_in_training(proportioned(family, "both", shrink).train()), made_pairs(batch, tokens=tokens)
-    module = Discriminative(lvlm, variant.ar_weight, cache_rows).to(device)
+    lvlm, pairs = as_if_in_training(proportioned(family, "both", **size).train()), made_pairs(batch, tokens=tokens)
+    module = Discriminative(lvlm, variant.ar_weight, cache_rows).to(lvlm.device)
     prepared = joint_batches(lvlm.templates, lambda step: pairs, with_long=arm == "joint")(0)
     return lambda: module.training_step(prepared, 0), {name: p for name, p in module.named_parameters() if p.requires_grad}
 
@@ -357,6 +399,29 @@ def run_arm(arm: str, family: str, batch: int, steps: int, task: str = "joint", 
             p.grad = None
 
     return {"arm": arm, "family": family, "batch": batch, **measured(once, steps, warm_up, options.get("device", "cpu"))}
+
+
+def fits(arm: str, family: str, batch: int, **options) -> bool:
+    "Whether a step of so many pairs fits into the memory of the GPU."
+    try:
+        run_arm(arm, family, batch, 1, warm_up=0, **options)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def largest_batch(most: int, **options) -> int:
+    "The largest power of two, up to `most`, that `fits`, each tried in a process of its own."
+    batch = 0
+    while 2 * max(batch, 4) <= most and in_fresh_process("fits", batch=2 * max(batch, 4), **options):
+        batch = 2 * max(batch, 4)
+    return batch
+
+
+def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:
+    "Floating-point operations a second of a product of square matrices in bfloat16: the most that a model's layers could reach."
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / measured(lambda: a @ b, repeats, device=device)["seconds"]
 
 
 def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 2**13) -> dict:
