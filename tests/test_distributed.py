@@ -60,6 +60,12 @@ def worker(rank: int, port: int, cases: list, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
     (tmp_path / "broken").mkdir()
     for number in range(4):
@@ -67,10 +73,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
     (tmp_path / "broken/captions.jsonl").write_text("".join(json.dumps({"image": f"{number}.png", "captions": ["a star"]}) + "\n" for number in range(4)))
     everyone, some, none = range(9), range(0, 8, 2), range(0)  # an uneven share; one process without short captions; no short caption at all
     cases = [(cache_rows, short, 9) for short in (everyone, some, none) for cache_rows in (0, 2)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, cases, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, (free_port(), cases, str(tmp_path)), nprocs=2)
     for number, case in enumerate(cases):
         expected = gradients(0, *case[1:])
         for rank in range(2):
@@ -90,7 +93,7 @@ def own_data(tmp_path):
     lines = [json.dumps({"image": f"{n}.png", "captions": [short_caption(s, rng), long_caption(s, rng)]}) for n, s in enumerate(scenes)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
     shared = {"model": str(CHECKPOINTS / "llava-micro"), "data": ".", "steps": 3, "batch": 6, "lr": 1e-3, "dropout": 0}
-    for name, more in (("one", {}), ("two", {}), ("cached", {"cache_rows": 2}), ("spread", {"strategy": "fsdp", "cache_rows": 2})):
+    for name, more in (("one", {}), ("two", {}), ("tasks", {}), ("cached", {"cache_rows": 2}), ("spread", {"strategy": "fsdp", "cache_rows": 2})):
         (tmp_path / f"{name}.json").write_text(json.dumps(shared | more | {"output": name}))
     return tmp_path
 
@@ -113,10 +116,20 @@ def same_training(one, other) -> None:
     assert torch.allclose(load_embedder(other).encode_text("a red star"), load_embedder(one).encode_text("a red star"), atol=1e-3)
 
 
-def test_torchrun_trains_what_one_process_trains(own_data):
+def slurm_tasks(*command: str) -> list[int]:
+    "Exit states of two processes that see what `srun` would tell them."
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+    shared = os.environ | job | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "LVLM_THREADS": "1"}
+    tasks = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")]
+    return [task.wait(300) for task in tasks]
+
+
+def test_several_processes_train_what_one_trains(own_data):
+    train = lambda name: ("-m", "lvlm_research.cli", "train", "--config", str(own_data / f"{name}.json"))
     for name, start in (("one", ()), ("two", TORCHRUN), ("cached", TORCHRUN)):
-        started(*start, "-m", "lvlm_research.cli", "train", "--config", str(own_data / f"{name}.json"))
-    for name in ("two", "cached"):
+        started(*start, *train(name))
+    assert slurm_tasks(*train("tasks")) == [0, 0]
+    for name in ("two", "cached", "tasks"):
         same_training(own_data / "one", own_data / name)
 
 
