@@ -7,7 +7,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 BIN := .venv/bin
 STAMP := .venv/.finished
 
-.PHONY: help setup reproduce update test reference lock
+.PHONY: help setup reproduce update test reference performance lock
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,15 @@ test: setup  ## everything CI runs: notebooks top to bottom, then the tests
 
 reference: setup  ## make the finished run of PROFILE the committed reference, with the outputs of the notebooks and the table of the README
 	$(BIN)/lvlm-research reference --profile $(PROFILE)
+	$(BIN)/nbdev_clean
+
+performance: setup  ## measure what the README says about speed, with nothing else running; TEXTS and PICTURES: COCO's captions, a folder of photographs
+	rm -rf results/speed
+	for name in train_step contrastive encode recall scaling; do \
+		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \
+			$$(test $$name = encode && echo $(if $(TEXTS),-p texts $(TEXTS)) $(if $(PICTURES),-p pictures $(PICTURES))) || exit 1; \
+	done
+	$(BIN)/python -c 'from lvlm_research.speed import publish_performance; publish_performance("results/speed", "results/speed/notebooks")'
 	$(BIN)/nbdev_clean
 
 lock: setup  ## resolve settings.ini anew into requirements.lock (torch stays as pinned there)

@@ -18,7 +18,7 @@ from .tables import readme_table
 
 # %% auto #0
 __all__ = ['FLOOR', 'PUBLISHED', 'ADAPTERS', 'reference_folder', 'compare_rows', 'check', 'check_finished', 'publish',
-           'with_results', 'write_readme']
+           'publish_outputs', 'between', 'with_results', 'write_readme']
 
 # %% ../nbs/15a_reference.ipynb #7fb319fb
 _KEYS = ["model", "benchmark", "subset", "metric"]
@@ -94,7 +94,7 @@ def publish(results: Path, profile: str) -> Path:
             _publish_adapter(results / "models" / name, root() / "data/checkpoints" / f"{name}-micro")
         for stage in stages(profile):
             if stage.name == "base" or sum(s.notebook == stage.notebook for s in stages(profile)) == 1:  # 10 runs thrice; at its defaults it makes the base
-                _publish_outputs(results / "notebooks" / f"{stage.name}.ipynb", root() / "nbs/paper" / f"{stage.notebook}.ipynb")
+                publish_outputs(results / "notebooks" / f"{stage.name}.ipynb", root() / "nbs/paper" / f"{stage.notebook}.ipynb")
         write_readme(target)
     return target
 
@@ -110,7 +110,7 @@ def _publish_adapter(source: Path, target: Path) -> None:
     check_card(target)
 
 
-def _publish_outputs(executed: Path, notebook: Path) -> None:
+def publish_outputs(executed: Path, notebook: Path) -> None:
     "Put the outputs of an executed notebook under the same cells of its source; warnings and clocks stay behind."
     ran, source = (json.loads(path.read_text(encoding="utf-8")) for path in (executed, notebook))
     outputs = {c["id"]: c["outputs"] for c in ran["cells"] if c["cell_type"] == "code"}
@@ -124,13 +124,18 @@ def _publish_outputs(executed: Path, notebook: Path) -> None:
 _MARKS = "<!-- results: generated from data/reference/cpu by `make reference` -->", "<!-- end of results -->"
 
 
-def with_results(readme: str, reference: Path) -> str:
-    "The text of a README with the table between its marks made anew."
-    before, _, rest = readme.partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
+def between(readme: str, marks: tuple[str, str], made: str) -> str:
+    "The text of a README with what stands between two lines made anew."
+    before, _, rest = readme.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not end:
-        raise InputError(f"README.md: the lines {_MARKS[0]!r} and {_MARKS[1]!r} must both be there, in this order")
-    return f"{before}{_MARKS[0]}\n\n{readme_table(reference)}\n{_MARKS[1]}{after}"
+        raise InputError(f"README.md: the lines {marks[0]!r} and {marks[1]!r} must both be there, in this order")
+    return f"{before}{marks[0]}\n\n{made}\n{marks[1]}{after}"
+
+
+def with_results(readme: str, reference: Path) -> str:
+    "The text of a README with the table of results as it now is."
+    return between(readme, _MARKS, readme_table(reference))
 
 
 def write_readme(reference: Path) -> Path:
