@@ -34,7 +34,7 @@ class Levers:
     shared_prefix: bool = True  # what the template writes before the content is computed once, not once a row
     packed: bool = True  # rows go through the model one after the other as one, so that nothing is padded
     length_groups: bool = True  # where a model cannot do that, rows of about the same length go together, so that little is padded
-    unique: bool = True  # equal texts of a batch are embedded once
+    unique: bool = True  # equal texts of a batch are embedded once; equal pictures hardly meet in one batch, and in lists are one anyway (notebook 06)
     fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 05e)
     fused_norm: bool = True  # so is an RMS norm
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
