@@ -36,7 +36,7 @@ reference: setup  ## make the finished run of PROFILE the committed reference, w
 
 performance: setup  ## measure what the README says about speed, with nothing else running; TEXTS and PICTURES: COCO's captions, a folder of photographs
 	rm -rf results/speed
-	for name in train_step contrastive encode recall scaling; do \
+	for name in train_step levers contrastive encode recall scaling; do \
 		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \
 			$$(test $$name = encode && echo $(if $(TEXTS),-p texts $(TEXTS)) $(if $(PICTURES),-p pictures $(PICTURES))) || exit 1; \
 	done

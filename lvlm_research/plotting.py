@@ -22,7 +22,7 @@ from .reproduce import join_intervals
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'COLOURS_OF_MODELS', 'use_style', 'save_figure', 'contact_sheet', 'plot_curves', 'plot_rows',
-           'draw_box', 'draw_arrow', 'to_markdown', 'save_table']
+           'draw_ratios', 'draw_box', 'draw_arrow', 'to_markdown', 'save_table']
 
 # %% ../nbs/14_plotting.ipynb #eedd7f3a
 MODEL_NAMES = {"clip": "CLIP", "clip-large": "CLIP, larger", "clip-equal": "CLIP, equal pairs", "negclip": "NegCLIP", "zero-shot": "LVLM, zero-shot", "e5v": "E5-V style (texts only)", "soft": "soft prompt", "lora": "LoRA", "both": "soft prompt + LoRA",
@@ -89,6 +89,23 @@ def plot_rows(rows: pd.DataFrame, x: str = "subset", ax: plt.Axes | None = None)
     ax.set_ylabel("percent")
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return ax
+
+# %% ../nbs/14_plotting.ipynb #add57fc6
+def draw_ratios(
+    both: pd.DataFrame,  # one line per family and arm: median, least and most of time and of memory, as `compared` of notebook 19 gives them
+    arms: list[str],  # from top to bottom
+) -> Figure:
+    "Both ratios, a point an arm and family, with the smallest and the largest."
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.35 * len(arms) + 1.3), sharey=True, layout="constrained")
+    families = both.family.nunique()
+    for ax, quantity in zip(axes, ("time", "memory")):
+        for k, (family, found) in enumerate(both.groupby("family", sort=False)):
+            y, middle = [arms.index(arm) + 0.2 * (k - (families - 1) / 2) for arm in found.arm], found[f"median {quantity}"]
+            ax.errorbar(middle, y, xerr=[middle - found[f"least {quantity}"], found[f"most {quantity}"] - middle], fmt="o", label=family)
+        ax.axvline(1, color="0.5", linewidth=1)
+        ax.set(xlabel=f"{quantity}, times ours", yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
 
 # %% ../nbs/14_plotting.ipynb #50e32a27
 def draw_box(ax: plt.Axes, x: float, y: float, width: float, height: float, text: str, colour: str, trained: bool = False) -> None:

@@ -47,7 +47,7 @@ __all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 
            'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'compiled', 'as_if_in_training',
            'contrastive', 'resident', 'forget_peak', 'joint', 'own', 'gradients_of', 'operations', 'largest_difference',
            'measured', 'run_arm', 'fits', 'largest_batch', 'matmul_peak', 'run_search', 'in_fresh_process', 'race',
-           'ratios']
+           'ratios', 'compared']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -451,6 +451,12 @@ def ratios(table: pd.DataFrame, arm: str = "ours", column: str = "cpu seconds") 
     wide = table.pivot(index=["family", "repeat"], columns="arm", values=column)
     relative = wide.div(wide[arm], axis=0).groupby("family")
     return pd.concat({"median": relative.median(), "least": relative.min(), "most": relative.max()}, axis=1).stack(level=1).reset_index()
+
+
+def compared(table: pd.DataFrame, time: str = "cpu seconds") -> pd.DataFrame:
+    "Time and memory of every arm over those of ours."
+    both = ratios(table, column=time).merge(ratios(table, column="memory"), on=["family", "arm"], suffixes=(" time", " memory"))
+    return both[both.arm != "ours"]
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -15,7 +15,7 @@ from .reference import between, publish_outputs
 from .rivals import ratios
 
 # %% auto #0
-__all__ = ['RACES', 'QUANTITIES', 'compared', 'speed_table', 'with_speed', 'publish_performance']
+__all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'publish_performance']
 
 # %% ../nbs/19b_speed.ipynb #78679967
 RACES = {  # file -> what a row is about, arm, quantities and their columns
@@ -27,7 +27,7 @@ RACES = {  # file -> what a row is about, arm, quantities and their columns
 QUANTITIES = ("time", "CPU time", "memory")
 
 
-def compared(
+def in_words(
     rows: pd.DataFrame,  # of one performance notebook
     columns: dict[str, str],  # quantity -> column
 ) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def speed_table(
     lines = [f"| what | of | against | {' | '.join(QUANTITIES)} |", "|---" * (3 + len(QUANTITIES)) + "|"]
     for name, (what, columns) in RACES.items():
         if (folder / f"{name}.csv").is_file():
-            for row in compared(pd.read_csv(folder / f"{name}.csv"), columns).to_dict("records"):
+            for row in in_words(pd.read_csv(folder / f"{name}.csv"), columns).to_dict("records"):
                 of = ", ".join(filter(None, (row["family"], row["setting"])))
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row.get(quantity, '') for quantity in QUANTITIES)} |")
     if (folder / "reproduce.csv").is_file():
