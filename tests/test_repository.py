@@ -21,6 +21,7 @@ from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
 from lvlm_research.reproduce import ROWS, declared_parameters, fingerprint, stages
+from lvlm_research.speed import RACES, with_speed
 from lvlm_research.tables import readme_table
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -110,6 +111,12 @@ def test_committed_weights_are_those_of_their_card(card):
 def test_the_table_of_the_readme_is_that_of_the_reference():
     readme = (ROOT / "README.md").read_text()
     assert with_results(readme, ROOT / "data/reference/cpu") == readme
+
+
+def test_the_table_of_speed_is_that_of_the_measured_rows():
+    readme, measured = (ROOT / "README.md").read_text(), ROOT / "data/reference/performance"
+    assert with_speed(readme, measured) == readme
+    assert all((measured / f"{name}.svg").is_file() for name in RACES if (measured / f"{name}.csv").is_file())
 
 
 def test_every_row_of_the_readme_says_what_its_training_cost_and_how_it_is_made():
