@@ -108,7 +108,7 @@ class FusedNorm:
     "Added to the class of an RMS norm, which then computes as one operation where its weight is frozen and of its input's precision; elsewhere it is the model's own."
 
     def __reduce__(self):
-        return _new_norm, (type(self).__mro__[2],), vars(self)  # the class is made on the fly, which pickle cannot look up
+        return _new_norm, (type(self).__bases__[1],), vars(self)  # the class is made on the fly, which pickle cannot look up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.requires_grad or x.dtype != self.weight.dtype:
@@ -144,7 +144,7 @@ def fuse(model: nn.Module, levers: Levers) -> None:
         if type(module) is (LoraLinear if levers.fused_lora else FusedLora):
             module.__class__ = FusedLora if levers.fused_lora else LoraLinear
         elif isinstance(module, FusedNorm) and not levers.fused_norm:
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = type(module).__bases__[1]
         elif levers.fused_norm and not isinstance(module, FusedNorm) and _is_rms_norm(module):
             module.__class__ = _fused_norm(type(module))
 

@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
-__all__ = ['PLAIN', 'Levers', 'only_rows', 'packs', 'in_pieces', 'keeps_tokens', 'common_prefix', 'lean_states', 'length_groups',
-           'packed_groups']
+__all__ = ['PLAIN', 'Levers', 'only_rows', 'packs', 'in_pieces', 'run_packed', 'keeps_tokens', 'common_prefix', 'lean_states',
+           'length_groups', 'packed_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -133,6 +133,24 @@ def in_pieces(
     finally:
         config._attn_implementation = chosen
 
+
+def run_packed(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # (B, T)
+    inputs: dict[str, torch.Tensor | None],  # of `trunk_inputs`
+    vision: dict[str, torch.Tensor],
+    edit: Callable[[torch.Tensor], torch.Tensor] | None,  # of the token embeddings (B, T, D)
+    cache: DynamicCache | None,  # keys and values of what comes before every row
+    real: torch.Tensor,  # (B, T) bool, no padding
+) -> torch.Tensor:
+    "`run_trunk` with the rows as one; states are zero where there is padding."
+    join = lambda values: values[..., real][..., None, :]  # (..., B, T) to (..., 1, N)
+    place = None if edit is None else lambda embeddings: edit(_placed(embeddings[0], real))[real][None]
+    joined = {name: value if value is None else join(value) for name, value in inputs.items()}
+    with in_pieces(model, real.sum(1).tolist(), cache.get_seq_length() if cache else 0):
+        states = run_trunk(model, join(input_ids), joined, vision, place, cache)
+    return _placed(states[0], real)
+
 # %% ../nbs/05d_levers.ipynb #227c3e35
 def keeps_tokens(model: PreTrainedModel) -> bool:
     "Whether all that a layer keeps of earlier tokens is their keys and values, so that other rows can go on from them; a recurrent layer keeps a state."
@@ -183,30 +201,25 @@ def lean_states(
     rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
     prefix: int = 0,  # first tokens that all rows share and nobody reads
     kept: dict[tuple[int, ...], DynamicCache] | None = None,  # what was computed for them before, for a model that does not change
-    packed: bool = False,  # whether rows go through the model as one; of a model that `packs`, with padding on the right
+    packed: bool = False,  # whether rows go through the model as one; of a model that `packs`
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)`, right where they are read."
     inputs = trunk_inputs(model, input_ids, attention_mask, vision, last)
-    each = lambda change: {name: value if value is None else change(value) for name, value in inputs.items()}
+    cut = lambda part: {name: value if value is None else value[..., part] for name, value in inputs.items()}
     real = attention_mask[:, prefix:].bool()
     packed = packed and not bool(real.all())
-    join = (lambda values: values[..., real][..., None, :]) if packed else lambda values: values  # (..., B, T) to (..., 1, N)
-    part = (lambda values: _placed(values[0], real)) if packed else lambda values: values  # (1, N, D) to (B, T, D)
-
-    def place(embeddings: torch.Tensor) -> torch.Tensor:
-        edited = edit(part(embeddings), last - prefix)
-        return edited[real][None] if packed else edited
-
     cache = None
     if prefix:
-        cache = _first_tokens(model, input_ids[:1, :prefix], each(lambda value: value[..., :1, :prefix]), 1 if packed else len(input_ids), kept)
-    with ExitStack() as ways:
-        if packed:
-            ways.enter_context(in_pieces(model, real.sum(1).tolist(), prefix))
+        first = {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}
+        cache = _first_tokens(model, input_ids[:1, :prefix], first, 1 if packed else len(input_ids), kept)
+    with ExitStack() as inside:
         if rows is not None:
-            ways.enter_context(only_rows(model, join(rows[:, prefix:])))
-        states = run_trunk(model, join(input_ids[:, prefix:]), each(lambda value: join(value[..., prefix:])), vision, edit and place, cache)
-    return nn.functional.pad(part(states), (0, 0, prefix, 0))
+            read = rows[:, prefix:]
+            inside.enter_context(only_rows(model, read[real][None] if packed else read))
+        run = partial(run_packed, real=real) if packed else run_trunk
+        place = None if edit is None else lambda embeddings: edit(embeddings, last - prefix)
+        states = run(model, input_ids[:, prefix:], cut(slice(prefix, None)), vision, place, cache)
+    return nn.functional.pad(states, (0, 0, prefix, 0))
 
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(

@@ -411,11 +411,11 @@ def fits(arm: str, family: str, batch: int, **options) -> bool:
 
 
 def largest_batch(most: int, **options) -> int:
-    "The largest power of two, up to `most`, that `fits`, each tried in a process of its own."
-    batch = 0
-    while 2 * max(batch, 4) <= most and in_fresh_process("fits", batch=2 * max(batch, 4), **options):
-        batch = 2 * max(batch, 4)
-    return batch
+    "The largest batch of 8, 16, 32 and so on, up to `most`, that `fits`, each tried in a process of its own; 0 if none does."
+    batch = 8
+    while batch <= most and in_fresh_process("fits", batch=batch, **options):
+        batch *= 2
+    return batch // 2 if batch > 8 else 0
 
 
 def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:

@@ -18,22 +18,21 @@ from .rivals import ratios
 __all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'publish_performance']
 
 # %% ../nbs/19b_speed.ipynb #78679967
-RACES = {  # file -> what a row is about, arm, quantities and their columns
-    "train_step": ("a training step, contrast and next token", {"CPU time": "cpu seconds", "memory": "memory"}),
-    "contrastive": ("a training step, contrast alone", {"CPU time": "cpu seconds", "memory": "memory"}),
-    "encode": ("embedding a list", {"CPU time": "cpu seconds", "time": "seconds", "memory": "memory"}),
-    "recall": ("recall of 25,014 captions and 5,000 pictures", {"CPU time": "cpu seconds", "memory": "memory"}),
+RACES = {  # file -> what a row is about
+    "train_step": "a training step, contrast and next token",
+    "contrastive": "a training step, contrast alone",
+    "encode": "embedding a list",
+    "recall": "recall of 25,014 captions and 5,000 pictures",
 }
-QUANTITIES = ("time", "CPU time", "memory")
+QUANTITIES = {"CPU time": "cpu seconds", "time on the clock": "seconds", "memory": "memory"}  # and their columns
 
 
 def in_words(
     rows: pd.DataFrame,  # of one performance notebook
-    columns: dict[str, str],  # quantity -> column
 ) -> pd.DataFrame:
     "One line per family, setting and rival: every quantity as times ours, with the smallest and the largest ratio."
     settings = rows.groupby("setting", sort=False) if "setting" in rows else [("", rows)]
-    found = pd.concat([ratios(part, column=column).assign(setting=setting, quantity=quantity) for setting, part in settings for quantity, column in columns.items()])
+    found = pd.concat([ratios(part, column=column).assign(setting=setting, quantity=quantity) for setting, part in settings for quantity, column in QUANTITIES.items()])
     found = found[found.arm != "ours"]
     text = found["median"].map("{:.2f}".format) + " (" + found.least.map("{:.2f}".format) + " to " + found.most.map("{:.2f}".format) + ")"
     return found.assign(text=text).pivot(index=["family", "setting", "arm"], columns="quantity", values="text").reset_index()
@@ -44,14 +43,11 @@ def speed_table(
 ) -> str:
     "The table of the README, in Markdown."
     lines = [f"| what | of | against | {' | '.join(QUANTITIES)} |", "|---" * (3 + len(QUANTITIES)) + "|"]
-    for name, (what, columns) in RACES.items():
+    for name, what in RACES.items():
         if (folder / f"{name}.csv").is_file():
-            for row in in_words(pd.read_csv(folder / f"{name}.csv"), columns).to_dict("records"):
+            for row in in_words(pd.read_csv(folder / f"{name}.csv")).to_dict("records"):
                 of = ", ".join(filter(None, (row["family"], row["setting"])))
-                lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row.get(quantity, '') for quantity in QUANTITIES)} |")
-    if (folder / "reproduce.csv").is_file():
-        ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
-        lines.append(f"| all figures and tables | | revision cc2cb6b | {ratio:.2f} | | |")
+                lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -66,9 +62,11 @@ def with_speed(readme: str, folder: Path) -> str:
 def publish_performance(
     results: str | Path,  # folder that the notebooks have written into
     executed: str | Path,  # folder with the executed notebooks
+    repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
     "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if a notebook was not finished."
-    results, executed, kept, done = Path(results) / "performance", Path(executed), root() / "data/reference/performance", []
+    results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
+    kept = repository / "data/reference/performance"
     for notebook in sorted(executed.glob("*.ipynb")):
         if any(cell["cell_type"] == "code" and cell.get("source") and cell["execution_count"] is None for cell in read_object(notebook)["cells"]):
             raise InputError(f"{notebook}: was not executed to its end; run it again")
@@ -76,7 +74,7 @@ def publish_performance(
     for file in sorted((*results.glob("*.csv"), *results.glob("*.svg"))):
         done.append(Path(shutil.copyfile(file, kept / file.name)))
     for notebook in sorted(executed.glob("*.ipynb")):
-        publish_outputs(notebook, root() / "nbs/performance" / notebook.name)
-    readme = root() / "README.md"
+        publish_outputs(notebook, repository / "nbs/performance" / notebook.name)
+    readme = repository / "README.md"
     write_text(readme, with_speed(readme.read_text(encoding="utf-8"), kept))
     return done
