@@ -150,6 +150,7 @@ RECALL_ARMS = {"ours": retrieval_hits, "full matrix": full_matrix, "one-hot": on
 
 def run_recall(arm: str, images: int, width: int) -> dict:
     "Seconds and growth of peak memory (bytes) of one arm, its recall in percent, and a hash of what it says of every query."
+    RECALL_ARMS[arm](*made_vectors(10, width))  # reads the libraries in
     vectors = made_vectors(images, width)
     forget_peak()
     before, cpu, clock = resident(), time.process_time(), time.perf_counter()

@@ -101,17 +101,19 @@ def retrieval_hits(
         raise ValueError(f"a caption is of image {len(captions) - 1}, but there are {len(image)} images")
     if not captions.all():
         raise ValueError(f"image {int((captions == 0).nonzero()[0, 0])} has no caption, so it can be neither right nor wrong")
-    best, blocks = _best_captions(image, text, number, math.isqrt(entries)), []
+    best = _best_captions(image, text, number, math.isqrt(entries))
     above, size = torch.zeros_like(captions), torch.zeros_like(captions)  # of images
+    own, *of_texts = text.new_empty(len(text)), torch.zeros_like(number), torch.zeros_like(number)  # made once: what each block would leave behind keeps the heap from using its room again
     rows = max(1, entries // len(image))
-    for t, n in zip(text.split(rows), number.split(rows)):
-        scores = t @ image.T
+    for first in range(0, len(text), rows):
+        part = slice(first, first + rows)
+        scores = text[part] @ image.T
         _check_finite(scores)
-        own = scores.gather(1, n[:, None])
-        blocks.append((own[:, 0], *_standing(scores, own, 1)))
+        own[part] = scores.gather(1, number[part, None])[:, 0]
+        for counts, more in zip(of_texts, _standing(scores, own[part, None], 1)):
+            counts[part] = more
         for count, more in zip((above, size), _standing(scores, best, 0)):
             count += more
-    own, *of_texts = map(torch.cat, zip(*blocks))
     found = _best_of_each(own, number, len(image))
     good = torch.zeros_like(captions).index_add(0, number, (own == found[number]).long())
     hits = {"t2i": _hits(*of_texts, torch.ones_like(number), ks), "i2t": _hits(above, size, good, ks)}
@@ -123,12 +125,12 @@ def retrieval_hits(
 
 def _best_captions(image: torch.Tensor, text: torch.Tensor, number: torch.Tensor, rows: int) -> torch.Tensor:
     "Score `(N,)` of the best own caption of each image, from blocks of captions in the order of their images, each of which meets few images."
-    best = []
+    own = text.new_empty(len(text))
     for chosen in number.argsort(stable=True).split(rows):
         of, first = number[chosen], number[chosen[0]]
         scores = text[chosen] @ image[first : of[-1] + 1].T
-        best.append(_best_of_each(scores.gather(1, (of - first)[:, None])[:, 0], of, len(image)))
-    return torch.stack(best).amax(0)
+        own[chosen] = scores.gather(1, (of - first)[:, None])[:, 0]
+    return _best_of_each(own, number, len(image))
 
 
 def _best_of_each(scores: torch.Tensor, number: torch.Tensor, count: int) -> torch.Tensor:
