@@ -65,6 +65,7 @@ def needs(
     batch: JointBatch,  # the first
     device: torch.device,
     precision: str = "32-true",  # Lightning's name
+    spread: int = 0,  # bytes of weights of which other processes hold their share
 ) -> Needs:
     "What a training step on batches like this one needs."
     model, image, text = module.embedder.model, batch.image, batch.text
@@ -72,7 +73,7 @@ def needs(
     lengths, predicted = image.attention_mask.sum(1), (image.labels != -100).sum(1)
     tokens = int(lengths.sum()) + (0 if text is None else int(text.attention_mask.sum()))
     width, of_picture = model.config.get_text_config().hidden_size, int((image.input_ids == model.config.image_token_id).sum(1).max())
-    weights = sum(p.nbytes for p in model.parameters()) if device.type == "cuda" else 0
+    weights = sum(p.nbytes for p in model.parameters()) - spread if device.type == "cuda" else 0
     kept = lambda tokens, predicted: kept_bytes(model.config, tokens, predicted, size)
     return Needs(weights + 12 * trainable_parameters(module), kept(tokens, int(predicted.sum())) // pairs, kept(int(lengths.max()), int(predicted.max())),
                  of_picture * width * size + 24 * width, pairs, image.has_rows())

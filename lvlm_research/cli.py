@@ -10,11 +10,10 @@ import json
 import os
 import sys
 import warnings
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import InputError, no_room, profile_of, root, set_threads, visible, write_beside
+from .config import InputError, exclusive, no_room, profile_of, root, set_threads, visible, write_beside
 
 # %% auto #0
 __all__ = ['run_reproduce', 'run_reference', 'run_one_stage', 'run_evaluate', 'run_train', 'run_embed', 'run_search',
@@ -83,7 +82,7 @@ def run_reference(args: argparse.Namespace) -> None:
 
 def run_one_stage(args: argparse.Namespace) -> None:
     "Run one stage of the graph (what Snakemake calls)."
-    from lvlm_research.reproduce import IN_GRAPH, Stage, end_with, exclusive, results_folder, run_stage, stage_of, stages
+    from lvlm_research.reproduce import IN_GRAPH, Stage, end_with, results_folder, run_stage, stage_of, stages
 
     parent = os.environ.get(IN_GRAPH)
     if parent:
@@ -93,8 +92,8 @@ def run_one_stage(args: argparse.Namespace) -> None:
     stage = Stage(**{**vars(stage), "parameters": stage.parameters | extra})
     print(f"{stage.name:14} ...", flush=True)
     folder = results_folder(args.profile, args.results).resolve()
-    with nullcontext() if parent else exclusive(folder):
-        status = run_stage(stage, args.profile, args.results, args.threads, args.from_scratch)
+    with exclusive(folder / "status" / stage.name if parent else folder):  # of a killed run, a cluster may still have a job of this stage
+        status = run_stage(stage, args.profile, args.results, args.from_scratch)
     print(f"{stage.name:14} {status['seconds']:7.1f} s", flush=True)
 
 
@@ -298,7 +297,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="for example tab2 or train-vladva")
     sub.add_argument("--profile", default="smoke", type=_profile)
     sub.add_argument("--results", default="")
-    sub.add_argument("--threads", type=int)
     sub.add_argument("--from-scratch", action="store_true")
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a papermill parameter that the notebook declares")
     sub = verb("train", run_train, "fine-tune on your own pictures and captions, as one file says")
@@ -378,9 +376,11 @@ def main(argv: list[str] | None = None) -> int:
         except InputError as error:
             say(error)
         except OSError as error:
-            if not no_room(error):
+            if not no_room(error) and not error.filename:
                 raise
-            say(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free some space and give the same command again, which goes on where it can")
+            file = visible(str(error.filename or "a file"))
+            mend = "free some space and give the same command again, which goes on where it can" if no_room(error) else "check the path, and who may read and write there"
+            say(f"{file} cannot be {'written' if no_room(error) else 'used'}: {error.strerror}; {mend}")
     return 2
 
 # %% ../nbs/16_cli.ipynb #363b6194

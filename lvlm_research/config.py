@@ -18,8 +18,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -29,8 +29,8 @@ from pathlib import Path
 __all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'GIVEN_MODELS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile',
            'visible', 'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object',
            'read_json', 'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'clear_parts',
-           'write_text', 'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'temporary_folder',
-           'git_revision', 'run_identity', 'available_cores', 'set_threads', 'needs', 'method_of']
+           'write_text', 'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'exclusive',
+           'temporary_folder', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'needs', 'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
@@ -400,6 +400,27 @@ def check_space(
 def no_room(error: OSError) -> bool:
     "Whether writing failed for lack of room: a full disk, a quota, a limit on the size of files."
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# %% ../nbs/00_config.ipynb #c8d86ac8
+@contextmanager
+def exclusive(place: str | Path) -> Iterator[None]:
+    "Only one run at a time may work in a folder, or write a file; InputError for the second."
+    from filelock import FileLock, Timeout
+
+    place = Path(os.path.abspath(place))
+    file = place.with_name(f".{place.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{place}: another run is at work here; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # as Windows has it, where a file that is open stays
+            file.unlink(missing_ok=True)  # before it is released: afterwards it might be another run's
+        lock.release()
 
 # %% ../nbs/00_config.ipynb #5cf16ffa
 _OURS, _NEW = "lvlm-", "new-lvlm-"  # names of temporary folders, held and not yet held

@@ -78,8 +78,8 @@ class FlopsByPart(TorchDispatchMode):
             hook.remove()
 
 # %% ../nbs/12d_costs.ipynb #5d56db03
-def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
-    "Floating-point operations per second of a large matrix product."
+def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 20) -> float:
+    "Floating-point operations per second of a large matrix product, at best."
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

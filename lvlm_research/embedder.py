@@ -35,7 +35,7 @@ from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_sta
 from .config import InputError, available_cores, check_file, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .fused import folded, fuse
-from .levers import Levers, common_prefix, keeps_tokens, lean_states, length_groups, packed_groups, packs
+from .levers import ALONE, Levers, common_prefix, keeps_tokens, lean_states, length_groups, packed_groups, packs
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
@@ -73,9 +73,10 @@ class Sequences:
 
     def prompts(self) -> "Sequences":
         "The same rows without the captions that follow the read-out."
-        before = torch.arange(self.input_ids.shape[1]) <= self.last[:, None]
+        device = self.last.device
+        before = torch.arange(self.input_ids.shape[1], device=device) <= self.last[:, None]
         cut = Sequences(self.input_ids, self.attention_mask * before, self.last, torch.full_like(self.labels, -100), self.vision, self.together)
-        return cut.rows(torch.arange(len(self.last)))
+        return cut.rows(torch.arange(len(self.last), device=device))
 
     def has_rows(self) -> bool:
         "Whether what the processor made of the images can be told apart by rows."
@@ -595,7 +596,7 @@ def embed_and_predict(
         states = self.forward(part, "image", predicts.scatter(1, part.last[:, None], True))
         found.append((index, states[torch.arange(len(states)), part.last]))
         if predict:
-            losses.append(token_losses(states, part.labels, head, self.levers.head_rows)[0])
+            losses.append(token_losses(states, part.labels, head, self.levers.head_rows, self.levers.logits)[0])
     losses = torch.cat(losses) if predict else torch.zeros(0, device=self.device)
     return F.normalize(in_order(found).float(), dim=-1), losses.sum() / max(len(losses) if tokens is None else tokens, 1)
 
@@ -622,12 +623,13 @@ def encoding(self, items: int) -> Iterator[None]:
     if items < KEPT_FROM:
         yield
         return
-    self.kept = {}
-    try:
-        with folded(self.model):
-            yield
-    finally:
-        self.kept = None
+    with ALONE:
+        self.kept = {}
+        try:
+            with folded(self.model):
+                yield
+        finally:
+            self.kept = None
 
 
 @method_of(DiscriminativeLVLM)
@@ -685,10 +687,13 @@ def generate(
 
 @method_of(DiscriminativeLVLM)
 def enable_adapter(self, on: bool) -> None:
-    "Switch all LoRA layers on or off."
+    "Switch all LoRA layers on or off; what is trained stays trained, and what is frozen frozen."
+    trained = {name: p.requires_grad for name, p in self.model.named_parameters()}
     for module in self.model.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(on)
+    for name, p in self.model.named_parameters():  # peft freezes what it switches off, and trains what it switches on
+        p.requires_grad_(trained[name])
 
 # %% ../nbs/06_embedder.ipynb #77f91198
 @method_of(DiscriminativeLVLM)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .config import read_json, write_text
@@ -24,12 +27,13 @@ from .embedder import DiscriminativeLVLM
 from .evaluation import load_embedder
 from .export import plain_embeddings, without_torchvision
 from .metrics import expected_hits, retrieval_hits
-from .rivals import as_if_in_training, forget_peak, proportioned_base, resident
+from .rivals import as_if_in_training, measured, proportioned_base
 from .training import VARIANTS, prepare
 
 # %% auto #0
-__all__ = ['Encoders', 'ARMS', 'Hits', 'RECALL_ARMS', 'write_embedder', 'ours', 'sentence_transformers', 'transformers_loop',
-           'run_arm', 'vectors_file', 'apart', 'made_vectors', 'full_matrix', 'one_hot', 'run_recall']
+__all__ = ['Encoders', 'DEVICE', 'BATCH', 'ARMS', 'PARTS', 'Hits', 'RECALL_ARMS', 'write_embedder', 'ours',
+           'sentence_transformers', 'transformers_loop', 'run_arm', 'vectors_file', 'apart', 'by_part', 'made_vectors',
+           'full_matrix', 'one_hot', 'run_recall']
 
 # %% ../nbs/19a_embedding_rivals.ipynb #730b8cfc
 def _dtype(folder: Path) -> torch.dtype:
@@ -49,14 +53,16 @@ def write_embedder(
     torch.manual_seed(0)
     for part in proportioned_base(family, texts, **size):
         part.save_pretrained(folder / "base")
-    lvlm = as_if_in_training(prepare(DiscriminativeLVLM.from_pretrained(folder / "base", dtype=_dtype(folder)), VARIANTS["vladva"])).eval()
+    lvlm = as_if_in_training(prepare(DiscriminativeLVLM.from_pretrained(folder / "base"), VARIANTS["vladva"])).eval()
     lvlm.save_pretrained(folder / "adapter")
-    lvlm.export(folder / "export")
+    lvlm.export(folder / "export", dtype=_dtype(folder))
     write_text(folder / "inputs.json", json.dumps({"text": list(texts), "image": list(map(str, pictures))}))
     return folder
 
 # %% ../nbs/19a_embedding_rivals.ipynb #ac2c928c
 Encoders = dict[str, Callable[[list[str]], torch.Tensor]]  # by modality
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH = {"text": 256, "image": 64} if DEVICE == "cuda" else {"text": 32, "image": 32}  # of the rivals: on a GPU as many as of ours, on a CPU their usual number, with which they are faster
 
 
 def ours(folder: Path) -> Encoders:
@@ -68,22 +74,23 @@ def sentence_transformers(folder: Path) -> Encoders:
     from sentence_transformers import SentenceTransformer
 
     with without_torchvision():
-        model = SentenceTransformer(str(folder / "export"), device="cuda" if torch.cuda.is_available() else "cpu")
-    return dict.fromkeys(("text", "image"), lambda items: model.encode(items, convert_to_tensor=True, show_progress_bar=False).cpu())
+        model = SentenceTransformer(str(folder / "export"), device=DEVICE)
+    return {modality: lambda items, size=size: model.encode(items, batch_size=size, convert_to_tensor=True, show_progress_bar=False).cpu() for modality, size in BATCH.items()}
 
 
-def transformers_loop(folder: Path, batch_size: int = 32) -> Encoders:
+def transformers_loop(folder: Path) -> Encoders:
     with without_torchvision():
         model, processor = AutoModelForImageTextToText.from_pretrained(folder / "export").eval(), AutoProcessor.from_pretrained(folder / "export", backend="pil")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(DEVICE)
 
-    def encode(items: list[str], opened: Callable[[str], object], length: Callable[[str], int]) -> torch.Tensor:
+    def encode(items: list[str], batch_size: int, opened: Callable[[str], object], length: Callable[[str], int]) -> torch.Tensor:
         order = np.argsort([-length(item) for item in items], kind="stable")
         batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
         found = torch.cat([plain_embeddings(model, processor, [opened(items[i]) for i in batch]) for batch in batches])
         return found[np.argsort(order)]
 
-    return {"text": partial(encode, opened=str, length=len), "image": partial(encode, opened=lambda path: Image.open(path).convert("RGB"), length=lambda path: 0)}
+    return {"text": partial(encode, batch_size=BATCH["text"], opened=str, length=len),
+            "image": partial(encode, batch_size=BATCH["image"], opened=lambda path: Image.open(path).convert("RGB"), length=lambda path: 0)}
 
 
 ARMS = {"ours": ours, "Sentence Transformers": sentence_transformers, "transformers": transformers_loop}
@@ -101,11 +108,9 @@ def run_arm(
     for modality, encode in ARMS[arm](Path(folder)).items():
         items = inputs[modality][part::parts]
         encode(items[:warm])
-        forget_peak()
-        before, cpu, clock = resident(), time.process_time(), time.perf_counter()
-        vectors = encode(items)
-        row[modality] = {"items": len(items), "cpu seconds": time.process_time() - cpu, "seconds": time.perf_counter() - clock, "memory": resident(peak=True) - before}
-        np.save(vectors_file(folder, arm, modality, part), vectors.numpy())
+        vectors = []
+        row[modality] = {"items": len(items), **measured(lambda: vectors.append(encode(items)), 1, 0, DEVICE)}
+        np.save(vectors_file(folder, arm, modality, part), vectors[0].numpy())
     return row
 
 
@@ -118,6 +123,43 @@ def apart(folder: str | Path, arm: str, modality: str, part: int, than: str = "o
     "Largest difference between the vectors of two arms."
     a, b = (np.load(vectors_file(folder, name, modality, part)) for name in (arm, than))
     return float(np.abs(a - b).max())
+
+# %% ../nbs/19a_embedding_rivals.ipynb #895e549b
+PARTS = {"CLIPVisionModel": "vision", "LlavaMultiModalProjector": "vision", "Qwen2VisionTransformerPretrainedModel": "vision", "LlamaModel": "trunk", "Qwen2VLTextModel": "trunk"}  # class of a module -> part
+
+
+def by_part(
+    arm: str,
+    folder: str,  # of `write_embedder`
+    modality: str = "image",
+    count: int = 64,  # items
+) -> list[dict]:
+    "Seconds of CPU and floating-point operations of one arm, by part of the model."
+    encode, items = ARMS[arm](Path(folder))[modality], read_json(Path(folder) / "inputs.json")[modality][:count]
+    encode(items[:8])
+    counter, seconds, flops, began = FlopCounterMode(display=False), Counter(), Counter(), {}
+
+    def enter(module: torch.nn.Module, args: tuple) -> None:
+        if type(module).__name__ in PARTS:
+            began[type(module)] = time.thread_time(), counter.get_total_flops()
+
+    def leave(module: torch.nn.Module, args: tuple, output: object) -> None:
+        if part := PARTS.get(type(module).__name__):
+            at, before = began.pop(type(module))
+            seconds[part] += time.thread_time() - at
+            flops[part] += counter.get_total_flops() - before
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    at = time.process_time()
+    encode(items)
+    seconds["rest"] = time.process_time() - at - seconds.total()
+    taken = dict(seconds)
+    with counter:
+        encode(items)
+    flops["rest"] = counter.get_total_flops() - flops.total()
+    for hook in hooks:
+        hook.remove()
+    return [{"arm": arm, "part": part, "seconds": taken[part], "operations": flops[part]} for part in ("vision", "trunk", "rest")]
 
 # %% ../nbs/19a_embedding_rivals.ipynb #02fb40fc
 def made_vectors(images: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -151,11 +193,8 @@ RECALL_ARMS = {"ours": retrieval_hits, "full matrix": full_matrix, "one-hot": on
 def run_recall(arm: str, images: int, width: int) -> dict:
     "Seconds and growth of peak memory (bytes) of one arm, its recall in percent, and a hash of what it says of every query."
     RECALL_ARMS[arm](*made_vectors(10, width))  # reads the libraries in
-    vectors = made_vectors(images, width)
-    forget_peak()
-    before, cpu, clock = resident(), time.process_time(), time.perf_counter()
-    hits = RECALL_ARMS[arm](*vectors)
-    counted = {"cpu seconds": time.process_time() - cpu, "seconds": time.perf_counter() - clock, "memory": resident(peak=True) - before}
+    vectors, hits = made_vectors(images, width), {}
+    counted = measured(lambda: hits.update(RECALL_ARMS[arm](*vectors)), 1, 0)
     found = {f"{direction} R@{k}": values for direction, of in hits.items() for k, values in of.items()}
     digest = hashlib.sha256(np.concatenate(list(found.values())).tobytes()).hexdigest()
     return {"arm": arm, "images": images, "captions": len(vectors[1]), "width": width, **counted, **{name: 100 * v.mean() for name, v in found.items()}, "hits": digest}

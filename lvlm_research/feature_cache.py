@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,8 @@ __all__ = ['DTYPES', 'ENTRY', 'FORMAT', 'tower_hash', 'FeatureCache', 'kept_feat
 
 # %% ../nbs/08b_feature_cache.ipynb #ca90a0ae
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ENTRY = struct.Struct("<16s5q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor
-FORMAT = 2  # raised when files of before can no longer be read
+ENTRY = struct.Struct("<16s6q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor, check sum
+FORMAT = 3  # raised when files of before can no longer be read
 
 
 def tower_hash(model: PreTrainedModel) -> str:
@@ -44,6 +45,11 @@ def tower_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _checksum(content: bytes | bytearray | np.ndarray, shape: list[int]) -> int:
+    "Of tokens, and of what they are."
+    return zlib.crc32(content, zlib.crc32(repr(shape).encode()))
+
+
 class FeatureCache:
     "Image tokens `(tokens, D)` by the key of their picture, in a folder; InputError if it is of another model or processor, or in use."
 
@@ -52,7 +58,7 @@ class FeatureCache:
         pictures = hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest()
         self._claim({"format": FORMAT, "model": tower_hash(model), "processor": pictures})
         self.data, self.index = (self.folder / f"{name}-{rank_zero_only.rank}.bin" for name in ("tokens", "index"))
-        self.places, self.maps, self.stacked = {}, {}, False  # by key: file, first byte, tokens, width, dtype; by file: its bytes
+        self.places, self.maps, self.stacked = {}, {}, False  # by key: file, first byte, shape and kind, check sum; by file: its bytes
         for index in sorted(self.folder.glob("index-*.bin")):
             whole = self._read(index)
             if index == self.index:
@@ -60,7 +66,8 @@ class FeatureCache:
 
     def _claim(self, card: dict) -> None:
         place, lock = self.folder / "card.json", f".{rank_zero_only.rank}.lock"
-        if self.folder.exists() and not place.is_file() and (not self.folder.is_dir() or any(not f.name.startswith(".") for f in self.folder.iterdir())):
+        holds = self.folder.is_dir() and any(not f.name.startswith(".") for f in self.folder.iterdir())
+        if not place.is_file() and (holds or self.folder.is_file()):  # in this order: another process may write its card meanwhile
             raise InputError(f"{self.folder}: is there already, and holds no image tokens; give another 'feature_cache'")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / lock)
@@ -80,33 +87,40 @@ class FeatureCache:
         data, entries = index.with_name(index.name.replace("index", "tokens")), index.read_bytes()
         size = data.stat().st_size if data.is_file() else 0
         for at in range(0, len(entries) - ENTRY.size + 1, ENTRY.size):
-            key, first, tokens, width, dtype, self.stacked = ENTRY.unpack_from(entries, at)
-            if first + tokens * width * DTYPES[dtype].itemsize > size:
+            key, first, *shape, checksum = ENTRY.unpack_from(entries, at)
+            tokens, width, dtype, stacked = shape
+            if not 0 <= dtype < len(DTYPES) or min(first, tokens, width) < 0 or first + tokens * width * DTYPES[dtype].itemsize > size:
                 return at
-            self.places[key] = (data, first, tokens, width, DTYPES[dtype])
+            self.places[key], self.stacked = (data, first, shape, checksum), bool(stacked)
         return len(entries) // ENTRY.size * ENTRY.size
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
     def __getitem__(self, key: bytes) -> torch.Tensor:
-        file, first, tokens, width, dtype = self.places[key]
-        last = first + tokens * width * dtype.itemsize
+        file, first, shape, checksum = self.places[key]
+        tokens, width, dtype, _ = shape
+        last = first + tokens * width * DTYPES[dtype].itemsize
         if len(self.maps.get(file, b"")) < last:
             self.maps[file] = np.memmap(file, np.uint8, "r")
-        return torch.frombuffer(bytearray(self.maps[file][first:last]), dtype=dtype).reshape(tokens, width)
+        content = bytearray(self.maps[file][first:last])
+        if _checksum(content, shape) != checksum:
+            raise InputError(f"{file}: was changed since it was written; remove {self.folder}, the next training fills it again")
+        return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(tokens, width)
 
     def __setitem__(self, key: bytes, tokens: torch.Tensor) -> None:
         tokens = tokens.detach().cpu().contiguous()
+        content, shape = tokens.view(torch.uint8).numpy(), [*tokens.shape, DTYPES.index(tokens.dtype), int(self.stacked)]
+        checksum = _checksum(content, shape)
         try:
             with open(self.data, "ab") as file:
                 first = file.tell()
-                file.write(tokens.view(torch.uint8).numpy())
+                file.write(content)
             with open(self.index, "ab") as file:
-                file.write(ENTRY.pack(key, first, *tokens.shape, DTYPES.index(tokens.dtype), self.stacked))
+                file.write(ENTRY.pack(key, first, *shape, checksum))
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}); free some space, or leave 'feature_cache' out") from None
-        self.places[key] = (self.data, first, *tokens.shape, tokens.dtype)
+        self.places[key] = (self.data, first, shape, checksum)
 
 # %% ../nbs/08b_feature_cache.ipynb #f78edcbd
 def _precision(model: PreTrainedModel) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from .budget import Needs, free_memory, naming_what_fits, needs, too_large
-from .config import PRECISIONS, InputError, find_model, find_root, read_object, write_card
+from .config import PRECISIONS, InputError, exclusive, find_model, find_root, read_object, write_card
 from .costs import CostMeter, cost_line, save_cost
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, base_of, loading
@@ -173,13 +173,15 @@ def _save_or_nothing(config: FineTuning, module: FitModule, cost: dict) -> None:
         raise InputError(f"{output}: the adapter cannot be written ({error}); the last state of the training is kept: free some space and start it again") from error
 
 
-def _memory(config: FineTuning, module: FitModule, draw: Callable[[int], object]) -> tuple[Needs | None, int | None]:
-    "What a step like the first needs of each process, None for texts alone, and what is free for it."
+def _memory(config: FineTuning, module: FitModule, draw: Callable[[int], object], layers: list[torch.nn.Module]) -> tuple[Needs | None, int | None]:
+    "What a step like the first needs of each process where they share these layers, None for texts alone, and what is free for it."
     device, together = torch.device("cuda" if torch.cuda.is_available() else "cpu"), started_together()
     if not isinstance(module, Discriminative):
         return None, None
-    need, free, here = needs(module, draw(0), device, config.precision), free_memory(device), together["devices"]
+    free, here = free_memory(device), together["devices"]
     number = here * together.get("num_nodes", 1)
+    frozen = sum(p.nbytes for layer in layers for p in layer.parameters() if not p.requires_grad)
+    need = needs(module, draw(0), device, config.precision, frozen - frozen // number)
     return replace(need, pairs=math.ceil(need.pairs / number), processes=number), free // here if free and device.type == "cpu" else free
 
 
@@ -209,15 +211,17 @@ def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Call
     draw, report = batches(config, module.embedder)
     if is_first():
         print(*filter(None, (report, summary(config, module))), sep="\n")
-    need, free = _memory(config, module, draw)
+    embedder, meter, layers = module.embedder, CostMeter(), _layers(config, module)
+    need, free = _memory(config, module, draw, layers)
     if is_first() and need and (line := too_large(need, free, config.cache_rows)):
         print(line)
-    embedder, meter, layers = module.embedder, CostMeter(), _layers(config, module)
     kept = kept_features(config.feature_cache, embedder.model, embedder.templates.processor) if config.feature_cache else nullcontext()
-    with kept, naming_what_fits(need, free, config.cache_rows):
-        fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers, report.digest if report else "")
-    if is_first():
-        module = _whole(config, module) if layers else module
-        _save_or_nothing(config, module, meter.card())
-        shutil.rmtree(output / UNFINISHED)
+    with exclusive(output) if is_first() else nullcontext():
+        _is_free(output)  # still
+        with kept, naming_what_fits(need, free, config.cache_rows):
+            fit(module, draw, config.steps, config.precision, progress, [meter, *(callbacks or [])], output / UNFINISHED / "state.ckpt", config.keep_seconds, layers, report.digest if report else "")
+        if is_first():
+            module = _whole(config, module) if layers else module
+            _save_or_nothing(config, module, meter.card())
+            shutil.rmtree(output / UNFINISHED)
     return module

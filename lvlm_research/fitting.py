@@ -285,6 +285,13 @@ class StopWhenLost(L.Callback):
     def __init__(self, kept: KeepState | None):
         self.kept, self.limit, self.records = kept, math.inf, ()
 
+    def state_dict(self) -> dict:
+        return {"limit": self.limit}
+
+    def load_state_dict(self, state: dict) -> None:
+        "The limit stays that of the first loss of all: a training that goes on does so with a small one."
+        self.limit = state["limit"]
+
     def on_train_batch_start(self, trainer, module, batch, index: int) -> None:
         self.records = getattr(batch, "records", ())
 

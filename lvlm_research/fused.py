@@ -65,14 +65,15 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 
 class FusedLora(LoraLinear):
-    "A LoRA layer of peft that computes as one operation where it is plain LoRA, without dropout and autocast; elsewhere it is peft's own."
+    "A LoRA layer of peft that computes as one operation where it is plain LoRA, and neither drops out nor is under autocast; elsewhere it is peft's own."
 
     def _fuses(self, x: torch.Tensor) -> bool:
         kind = x.device.type
         if x.ndim < 2 or not _is_plain(self) or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return False
         name = self.active_adapters[0]
-        return isinstance(self.lora_dropout[name], nn.Identity) and x.dtype == self.get_base_layer().weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
+        dropout = self.lora_dropout[name]
+        return (isinstance(dropout, nn.Identity) or not dropout.training) and x.dtype == self.get_base_layer().weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not self._fuses(x):
@@ -95,9 +96,10 @@ class _NormProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         x, weight, factor = ctx.saved_tensors
-        wide, weighted = x.float(), (gradient * weight).float()
-        along = torch.linalg.vecdot(weighted, wide)[..., None].mul_(factor.square()).div_(x.shape[-1])
-        return weighted.addcmul_(wide, along, value=-1).mul_(factor).to(x.dtype), None, None
+        with torch.autocast(x.device.type, enabled=False):
+            wide, weighted = x.float(), (gradient * weight).float()
+            along = torch.linalg.vecdot(weighted, wide)[..., None].mul_(factor.square()).div_(x.shape[-1])
+            return weighted.addcmul_(wide, along, value=-1).mul_(factor).to(x.dtype), None, None
 
 
 def _eps(norm: nn.Module) -> float:

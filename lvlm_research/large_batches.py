@@ -30,6 +30,12 @@ def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.cuda.set_rng_state_all(states[1])
 
 
+def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    "Taken as a trainer's `backward` takes them: outside autocast, which a step is inside of."
+    with torch.autocast(value.device.type, enabled=False):
+        return list(torch.autograd.grad(value, inputs, allow_unused=True))
+
+
 def cached_loss(
     parts: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]],  # each embeds some rows `(b, D)` and gives a loss that needs no other rows
     loss_of: Callable[[torch.Tensor], torch.Tensor],  # of the embeddings of all parts, one after the other
@@ -44,14 +50,15 @@ def cached_loss(
         for part in parts:
             states.append(_random_states())
             found.append(part()[0])
+    torch.clear_autocast_cache()  # of weights that were rounded without a graph
     embeddings = torch.cat(found).requires_grad_()
     loss = loss_of(embeddings)
-    gradients = list(torch.autograd.grad(loss, [embeddings, *parameters], allow_unused=True))
+    gradients = _gradients(loss, [embeddings, *parameters])
     per_part, own = gradients.pop(0).split([len(f) for f in found]), torch.zeros((), device=loss.device)
     for part, state, gradient in zip(parts, states, per_part):
         _restore(state)
         again, more = part()
-        for i, g in enumerate(torch.autograd.grad((again * gradient).sum() + more, parameters, allow_unused=True)):
+        for i, g in enumerate(_gradients((again * gradient).sum() + more, parameters)):
             gradients[i] = g if gradients[i] is None else gradients[i] if g is None else gradients[i] + g
         own = own + more.detach()
     carrier = sum(((p - p.detach()) * (0.0 if g is None else g)).sum() for p, g in zip(parameters, gradients))  # 0, with these gradients

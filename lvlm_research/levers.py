@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
-__all__ = ['PLAIN', 'Levers', 'only_rows', 'packs', 'in_pieces', 'run_packed', 'keeps_tokens', 'common_prefix', 'lean_states',
-           'length_groups', 'packed_groups']
+__all__ = ['PLAIN', 'ALONE', 'Levers', 'only_rows', 'packs', 'in_pieces', 'run_packed', 'keeps_tokens', 'common_prefix',
+           'lean_states', 'length_groups', 'packed_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Levers:
     fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 05e)
     fused_norm: bool = True  # so is an RMS norm
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
+    logits: int = 2**26  # at most at a time (but always those of one token), whatever the vocabulary
     pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
 
 
@@ -58,6 +60,9 @@ def _placed(
 ) -> torch.Tensor:
     "`(B, T, D)`: the values at these positions, zeros elsewhere."
     return values.new_zeros(where.numel(), values.shape[-1]).index_copy(0, where.flatten().nonzero()[:, 0], values).unflatten(0, where.shape)
+
+
+ALONE = threading.RLock()  # held by whoever goes through a model: its hooks, what it attends with and what is kept of a list are there for one at a time
 
 
 @contextmanager
@@ -208,11 +213,11 @@ def lean_states(
     cut = lambda part: {name: value if value is None else value[..., part] for name, value in inputs.items()}
     real = attention_mask[:, prefix:].bool()
     packed = packed and not bool(real.all())
-    cache = None
-    if prefix:
-        first = {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}
-        cache = _first_tokens(model, input_ids[:1, :prefix], first, 1 if packed else len(input_ids), kept)
-    with ExitStack() as inside:
+    with ALONE, ExitStack() as inside:
+        cache = None
+        if prefix:
+            first = {name: value if value is None else value[..., :1, :] for name, value in cut(slice(0, prefix)).items()}
+            cache = _first_tokens(model, input_ids[:1, :prefix], first, 1 if packed else len(input_ids), kept)
         if rows is not None:
             read = rows[:, prefix:]
             inside.enter_context(only_rows(model, read[real][None] if packed else read))
@@ -255,7 +260,7 @@ def packed_groups(
     most: int | None = None,  # rows of a group
     tokens: int | None = None,  # of a group; a row alone may have more
 ) -> list[np.ndarray]:
-    "Rows (indices) that go together where nothing is padded, longest first: as few groups as fit, rows of one length side by side."
+    "Rows (indices) that go together where nothing is padded, longest first, one after the other while they fit; rows of one length lie side by side."
     groups, room = [], 0
     for row in np.argsort(-np.asarray(lengths, int), kind="stable"):
         if not groups or len(groups[-1]) == most or tokens is not None and lengths[row] > room:

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
@@ -82,6 +83,30 @@ def _losses_of(states: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> t
     return F.cross_entropy(head(states).float(), labels, reduction="none")
 
 
+class _HeadLosses(torch.autograd.Function):
+    "`_losses_of` block by block for a frozen head: the gradient of a block is taken while its logits are there, so that they are neither kept nor computed again."
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, labels: torch.Tensor, head: nn.Module, block: int) -> torch.Tensor:
+        losses, gradients = [], []
+        for part, of in zip(states.split(block), labels.split(block)):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                found = _losses_of(part, of, head)
+                total = found.sum()
+            with torch.autocast(states.device.type, enabled=False):  # as outside, where gradients are taken otherwise
+                gradients += torch.autograd.grad(total, part)
+            losses.append(found.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        (of_states,) = ctx.saved_tensors  # a token's loss depends on its own state alone
+        return (of_states * gradient[:, None]).to(of_states.dtype), None, None, None
+
+
 def token_losses(
     states: torch.Tensor,  # final-norm states (B, T, D)
     labels: torch.Tensor,  # (B, T) token ids, -100 where nothing is predicted; position i is predicted from position i - 1
@@ -100,6 +125,8 @@ def token_losses(
         block = max(1, most // (getattr(head, "out_features", None) or head(states[:1]).shape[-1]))
     if len(labels) <= block:
         return _losses_of(states, labels, head), row
+    if isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters()) and torch.is_grad_enabled():
+        return _HeadLosses.apply(states, labels, head, block), row
     parts = (checkpoint(_losses_of, s, l, head, use_reentrant=False, preserve_rng_state=False) for s, l in zip(states.split(block), labels.split(block)))
     return torch.cat(list(parts)), row
 

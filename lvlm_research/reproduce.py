@@ -17,24 +17,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from .config import LARGER, InputError, Profile, available_cores, check_card, check_file, check_space, find_model, needs, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
+from .config import LARGER, InputError, Profile, available_cores, check_card, check_file, check_space, exclusive, find_model, needs, profile_of, read_object, root, run_identity, sha256, temporary_folder, visible, write_text
+from .warm_kernels import kernel_command, warm_kernels
 
 # %% auto #0
 __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'ROWS', 'ITEMS', 'BEST_PROMPT', 'SUITE', 'BUDGETS',
-           'IN_GRAPH', 'RUN', 'SPACE', 'RESULTS_VERSION', 'SEAL', 'INTRO', 'ITEMS_OF_CHECKPOINTS',
+           'IN_GRAPH', 'RUN', 'FEW', 'SPACE', 'RESULTS_VERSION', 'SEAL', 'INTRO', 'ITEMS_OF_CHECKPOINTS',
            'INTRO_OF_CHECKPOINTS', 'Stage', 'model_folder', 'written_files', 'model_files', 'status_file',
            'failure_file', 'stages_left_out', 'whole_graph', 'sources', 'stages', 'stage_of', 'needed_for',
            'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'signatures',
            'results_folder', 'artefact', 'model_of', 'downstream', 'run_stage', 'end_with', 'processes_of',
-           'end_remains', 'has_snakemake', 'lock_of', 'exclusive', 'is_current', 'run_graph', 'load_rows', 'manifest',
-           'files_of', 'seal', 'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections',
-           'write_report']
+           'end_remains', 'has_snakemake', 'is_current', 'run_graph', 'load_rows', 'manifest', 'files_of', 'seal',
+           'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Stage:
     inputs: tuple[str, ...] = ()  # files that the notebook reads besides: of the repository, or a profile of one's own
     brought: dict[str, tuple[str, ...]] = field(default_factory=dict)  # models and data that the profile names, and the stage reads -> where they lie
     gpu: bool = False  # takes the GPU where there is one
-    threads: int = 1  # 0 for all cores
+    threads: int = 1  # of torch, on any machine: their number decides how sums round
     priority: int = 0  # what takes long starts first
 
 # %% ../nbs/15_reproduce.ipynb #b121a9e9
@@ -116,7 +114,7 @@ def model_files(row: str) -> tuple[str, ...]:
 # %% ../nbs/15_reproduce.ipynb #133c8eec
 def _models(profile: str, from_scratch: bool) -> list[Stage]:
     "What is trained, and the prompt that it is trained with."
-    alone = 0 if from_scratch else 1  # a checkpoint that is only copied need not wait for all cores
+    threads = 2 if from_scratch else 1  # a checkpoint that is only copied needs no second core
 
     def committed(row: str) -> tuple[str, ...]:
         "Of the repository, what is copied; the notebook measures facts and probe anew."
@@ -130,12 +128,12 @@ def _models(profile: str, from_scratch: bool) -> list[Stage]:
                      priority={"vladva": 6, "both": 5, "lora": 4, "soft": 3}.get(variant, 2))
 
     return [
-        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=alone, priority=priority) for m, priority in (("clip", 9), ("clip-large", 2))),
-        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("zero-shot"), gpu=True, threads=alone, priority=9),
+        *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m, "from_scratch": from_scratch}, (), written_files(m), committed(m), gpu=True, threads=threads, priority=priority) for m, priority in (("clip", 9), ("clip-large", 2))),
+        Stage("base", "10_pretrain_base", {"from_scratch": from_scratch}, model_files("clip"), written_files("zero-shot"), committed("zero-shot"), gpu=True, threads=threads, priority=9),
         Stage("prompts", "40_prompt_study", {}, model_files("zero-shot"), ("prompts/prompts.csv", "prompts/spectra.csv", BEST_PROMPT), ("data/prompts.json",), priority=8),
         *(Stage(f"dual-{m}", "11_train_dual_encoder", {"model": m}, model_files("clip"), written_files(m), gpu=True, priority=7) for m in ("clip-equal", "negclip")),
         *(Stage(f"base-{b}", "10_pretrain_base", {"name": b, "from_scratch": from_scratch, **parameters}, () if "backbone" in parameters else model_files("clip"), written_files(f"zero-shot-{b}"),
-                committed(f"zero-shot-{b}"), gpu=True, threads=alone, priority=7) for b, parameters in BACKBONES.items()),  # another family than LLaVA has a tower of its own
+                committed(f"zero-shot-{b}"), gpu=True, threads=threads, priority=7) for b, parameters in BACKBONES.items()),  # another family than LLaVA has a tower of its own
         *(train(v) for v in TRAINED),
         *(train("vladva", b) for b in BACKBONES),
         train("long", steps=max(1, profile_of(profile).train_steps * 3 // 10)),  # how fast its loss falls is all that is asked of it
@@ -465,7 +463,8 @@ def _execute(source: Path, log: Path, parameters: dict) -> None:
     for attempt in (1, 2):
         sockets = temporary_folder()
         os.environ["JUPYTER_RUNTIME_DIR"] = str(sockets)
-        manager = type("PrivateKernelManager", (AsyncKernelManager,), {"transport": "ipc", "ip": f"{sockets}/k"})
+        command = lambda self, extra_arguments=None: kernel_command(AsyncKernelManager.format_kernel_cmd(self, extra_arguments))
+        manager = type("PrivateKernelManager", (AsyncKernelManager,), {"transport": "ipc", "ip": f"{sockets}/k", "format_kernel_cmd": command})
         try:
             papermill.execute_notebook(str(source), str(log), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), kernel_manager_class=manager)
             return
@@ -494,7 +493,7 @@ def _entry(stage: Stage) -> dict:
     return {"stage": stage.name, "notebook": f"nbs/paper/{stage.notebook}.ipynb", "parameters": stage.parameters, "fingerprint": fingerprint(stage)}
 
 
-def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None = None, from_scratch: bool = False) -> dict:
+def run_stage(stage: Stage, profile: str, results: str = "", from_scratch: bool = False) -> dict:
     "Run one stage and return its status; raises InputError with one line if the notebook failed."
     _check_runner()
     folder, notebook = results_folder(profile, results).resolve(), notebook_path(stage.notebook)
@@ -502,7 +501,7 @@ def run_stage(stage: Stage, profile: str, results: str = "", threads: int | None
     check_parameters(notebook, parameters)
     _remove(downstream(stage, stages(profile, from_scratch)), folder)
     brought = signatures(stage)
-    os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": f"{fingerprint(stage)} {brought}", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"} | ({"LVLM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)} if threads else {}))
+    os.environ.update({"LVLM_STAGE": stage.name, "LVLM_FINGERPRINT": f"{fingerprint(stage)} {brought}", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "LVLM_THREADS": str(stage.threads), "OMP_NUM_THREADS": str(stage.threads)})
     log, before = folder / "notebooks" / f"{stage.name}.ipynb", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     status = _entry(stage)
@@ -569,17 +568,18 @@ def end_remains(folder: Path) -> None:
             part.unlink()
 
 # %% ../nbs/15_reproduce.ipynb #548b2d6c
+FEW = 3  # stages for which no kernel is kept warm
 SPACE = {"micro": 4e8, "small": 2e9, "checkpoint": 5e9}  # bytes, by the size of a profile's models: several times what a run leaves, as its trainings keep states while they run
 
 
-def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str = "") -> int:
+def _snakemake(profile: str, folder: Path, cores: int, from_scratch: bool, targets: list[str], cluster: str, environment: dict[str, str]) -> int:
     "Run the Snakefile in the results folder (its bookkeeping lives and dies with the results) until the target files are there. What does not need a stage that failed is still made."
     gpus = 1 if shutil.which("nvidia-smi") else cores  # without one, trainings run side by side on the CPU
     here = ["--cores", str(cores), "--resources", f"gpu={gpus}", "--rerun-incomplete", "--keep-going", "--quiet", "all"]
     watched = f"import runpy; from lvlm_research.reproduce import end_with; end_with({os.getpid()}); runpy.run_module('snakemake', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", watched, "--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(folder), "--nolock",
-               *(["--profile", str(Path(cluster).resolve())] if cluster else here), "--config", f"profile={profile}", f"from_scratch={from_scratch}", *([] if cluster else [f"cores={cores}"]), "--", *targets]
-    return subprocess.run(command, cwd=root(), env=os.environ | {RUN: str(folder)}).returncode
+               *(["--profile", str(Path(cluster).resolve())] if cluster else here), "--config", f"profile={profile}", f"from_scratch={from_scratch}", "--", *targets]
+    return subprocess.run(command, cwd=root(), env=environment).returncode
 
 
 def has_snakemake() -> bool:
@@ -587,25 +587,6 @@ def has_snakemake() -> bool:
     from importlib.util import find_spec
 
     return find_spec("snakemake") is not None
-
-
-def lock_of(folder: Path) -> Path:
-    "The lock of a results folder, beside it."
-    return folder.with_name(f".{folder.name}.lock")
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    "Only one run at a time may work in a results folder; the lock lies beside it and dies with its process."
-    lock = FileLock(str(lock_of(folder)))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{folder}: another run is at work here; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def is_current(stage: Stage, folder: Path) -> bool:
@@ -628,7 +609,7 @@ def run_graph(
     only: str = "",  # one stage and what it needs; the rest is left as it is
     cluster: str = "",  # folder with a snakemake profile that names an executor, such as workflow/slurm
 ) -> Path:
-    "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and a report that says what is missing."
+    "Bring the results of a profile up to date and return the folder. If a stage fails, InputError, and for the whole graph a report that says what is missing."
     needed_for(only or "report", stages(profile))
     _check_runner()
     if cluster:
@@ -650,11 +631,15 @@ def run_graph(
         for stage in graph:  # what was written with other parameters, or changed by hand, is made again
             if (folder / status_file(stage.name)).exists() and not is_current(stage, folder):
                 _remove(downstream(stage, whole), folder)
-        code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster) if has_snakemake() else _serially(graph, profile, folder, cores, from_scratch)
+        left = [stage for stage in graph if not (folder / status_file(stage.name)).is_file()]
+        with warm_kernels({RUN: str(folder)}) if len(left) > FEW and not cluster else nullcontext({RUN: str(folder)}) as more:
+            environment = os.environ | more
+            code = _snakemake(profile, folder, cores, from_scratch, list(graph[-1].writes), cluster, environment) if has_snakemake() else _serially(graph, profile, folder, from_scratch, environment)
         if code:
             end_remains(folder)
             killed = _say_killed(graph, folder)
-            write_report(folder, profile)
+            if not only:  # what else lies there has not been looked at
+                write_report(folder, profile)
         elif (folder / status_file("report")).is_file() and not (folder / SEAL).is_file():
             seal(folder)
     if code:
@@ -672,14 +657,14 @@ def _say_killed(graph: list[Stage], folder: Path) -> list[str]:
     return [stage.name for stage in killed]
 
 
-def _serially(graph: list[Stage], profile: str, folder: Path, cores: int, from_scratch: bool) -> int:
+def _serially(graph: list[Stage], profile: str, folder: Path, from_scratch: bool, environment: dict[str, str]) -> int:
     "Every stage that is not current and whose inputs are there, in the order of the graph, each in a process of its own."
     failed = 0
     for stage in graph:
         if is_current(stage, folder) or not all((folder / name).is_file() for name in stage.reads):
             continue
-        command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder), "--threads", str(stage.threads or cores)]
-        failed = subprocess.run(command + ["--from-scratch"] * from_scratch, env=os.environ | {IN_GRAPH: str(os.getpid()), RUN: str(folder)}).returncode or failed
+        command = [sys.executable, "-m", "lvlm_research.cli", "stage", stage.name, "--profile", profile, "--results", str(folder)]
+        failed = subprocess.run(command + ["--from-scratch"] * from_scratch, env=environment | {IN_GRAPH: str(os.getpid())}).returncode or failed
     return failed
 
 # %% ../nbs/15_reproduce.ipynb #8c841056

@@ -46,8 +46,8 @@ __all__ = ['SHORT_WORDS', 'LONG_WORDS', 'TOKENS_A_WORD', 'FAMILIES', 'SPECIAL', 
            'COMPILED', 'RIVALS', 'WITHOUT', 'OURS', 'CONTRASTIVE', 'TASKS', 'Sizes', 'proportioned_base',
            'proportioned', 'made_pairs', 'peer_style', 'lean', 'lean_one_pass', 'ours', 'compiled', 'as_if_in_training',
            'contrastive', 'resident', 'forget_peak', 'joint', 'own', 'gradients_of', 'operations', 'largest_difference',
-           'measured', 'run_arm', 'fits', 'largest_batch', 'matmul_peak', 'run_search', 'in_fresh_process', 'race',
-           'ratios', 'compared']
+           'measured', 'run_arm', 'fits', 'largest_batch', 'run_search', 'in_fresh_process', 'race', 'ratios',
+           'compared']
 
 # %% ../nbs/19_rivals.ipynb #53096595
 SHORT_WORDS, LONG_WORDS = (7, 8, 8, 9, 10, 11, 13, 15), (57, 61, 65, 79, 116, 143, 169, 205)  # quantiles 0 to 95 % of COCO and DOCCI
@@ -208,8 +208,9 @@ def _trunk(lvlm: DiscriminativeLVLM, rows: Sequences, modality: str) -> torch.Te
 
 
 def _caption_loss(lvlm: DiscriminativeLVLM, states: torch.Tensor, rows: Sequences) -> torch.Tensor:
-    logits = lvlm.model.lm_head(states[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows.labels[:, 1:].flatten())
+    labels = rows.labels[:, 1:]
+    said = labels != -100
+    return F.cross_entropy(lvlm.model.lm_head(states[:, :-1][said]).float(), labels[said])
 
 
 def lean(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale: torch.Tensor) -> torch.Tensor:
@@ -286,7 +287,7 @@ def contrastive(
     "The contrastive step of an arm on a model and a batch of its own, and what both arms train."
     torch.manual_seed(0)
     lvlm, pairs = as_if_in_training(proportioned(family, "lora", **size).train()), made_pairs(batch)
-    module = Discriminative(lvlm, cache_rows=cache_rows)
+    module = Discriminative(lvlm, cache_rows=cache_rows).to(lvlm.device)
     if arm != "ours":
         torch.manual_seed(0)
         base = proportioned(family, "zero-shot", **size)  # the same weights again
@@ -418,12 +419,6 @@ def largest_batch(most: int, **options) -> int:
     return batch // 2 if batch > 8 else 0
 
 
-def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:
-    "Floating-point operations a second of a product of square matrices in bfloat16: the most that a model's layers could reach."
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / measured(lambda: a @ b, repeats, device=device)["seconds"]
-
-
 def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 2**13) -> dict:
     "What `measured` says of ranking a gallery that comes block by block, as from a file, for some queries."
     vectors = F.normalize(torch.randn(block, width, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -431,13 +426,14 @@ def run_search(gallery: int, queries: int = 100, width: int = 512, block: int = 
     return {"gallery": gallery, **measured(lambda: nearest(vectors[:queries], blocks(), 10), 1)}
 
 
-def in_fresh_process(function: str, threads: int = 1, module: str = "lvlm_research.rivals", **arguments) -> dict:
+def in_fresh_process(function: str, threads: int = 1, module: str = "lvlm_research.rivals", **arguments) -> object:
     "What a function of a module that runs like this one returns, in a process of its own."
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-W", "ignore", "-m", module, function, json.dumps(arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{function} {arguments}: {result.stderr.strip().splitlines()[-1]}")
+        said = result.stderr.strip().splitlines() or [f"ended with {result.returncode}"]  # killed, it says nothing
+        raise RuntimeError(f"{function} {arguments}: {said[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 

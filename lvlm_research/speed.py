@@ -64,12 +64,15 @@ def publish_performance(
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if a notebook was not finished."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if a notebook was not finished, or is of another profile than cpu."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
     kept = repository / "data/reference/performance"
     for notebook in sorted(executed.glob("*.ipynb")):
-        if any(cell["cell_type"] == "code" and cell.get("source") and cell["execution_count"] is None for cell in read_object(notebook)["cells"]):
+        found = read_object(notebook)
+        if any(cell["cell_type"] == "code" and cell.get("source") and cell["execution_count"] is None for cell in found["cells"]):
             raise InputError(f"{notebook}: was not executed to its end; run it again")
+        if (profile := found["metadata"].get("papermill", {}).get("parameters", {}).get("profile")) != "cpu":
+            raise InputError(f"{notebook}: is of profile {profile!r}; what the README says is of profile 'cpu'")
     kept.mkdir(parents=True, exist_ok=True)
     for file in sorted((*results.glob("*.csv"), *results.glob("*.svg"))):
         done.append(Path(shutil.copyfile(file, kept / file.name)))

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .config import read_object
-from .reproduce import Stage, lock_of, needed_for, run_graph, stages
+from .reproduce import Stage, needed_for, run_graph, stages
 
 # %% auto #0
 __all__ = ['COMPARED', 'Comparison', 'compare_runs', 'reproduce_again']
@@ -55,5 +55,4 @@ def reproduce_again(
     found = compare_runs(first, second, needed_for(only, graph) if only else graph)
     if not found.different:
         shutil.rmtree(second)
-        lock_of(second).unlink(missing_ok=True)
     return found

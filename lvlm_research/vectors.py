@@ -26,7 +26,7 @@ from PIL import Image
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import InputError, check_space, clear_parts, find_model, needs, no_room, read_object, write_beside, write_text
+from .config import InputError, check_space, clear_parts, exclusive, find_model, needs, no_room, read_object, write_beside, write_text
 from .datasets import only_split
 from .embedder import Encodes, Picture, ahead, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
@@ -274,7 +274,7 @@ def _join(shards: list[Path], out: Path, dimensions: int, dtype: str) -> None:
     "One file of many shards; a row group, or a stretch of the matrix, is a shard."
     rows = _rows_of(out)
     names = [f.name for f in _schema(1, dtype) if rows == out or f.name != "embedding"]
-    with write_beside(rows) as part, pq.ParquetWriter(part, pa.schema([_schema(dimensions, dtype).field(n) for n in names]), use_dictionary=["kind"]) as writer:
+    with write_beside(rows) as part, pq.ParquetWriter(part, pa.schema([_schema(dimensions, dtype).field(n) for n in names]), use_dictionary=["kind"], write_page_checksum=True) as writer:
         for shard in shards:
             writer.write_table(pq.read_table(shard, columns=names).replace_schema_metadata())
     if rows != out:
@@ -320,6 +320,12 @@ def embed_data(
             "kind": kind, "precision": precision, "dtype": dtype, "truncate_dim": truncate_dim, "shard": shard, **survey, "complete": False}
     if not survey["rows"]:
         raise InputError(f"{data}: holds no {'captions' if kind == 'text' else 'pictures'} to embed")
+    with exclusive(out):
+        return _embed(embedder, records, shards, card, out, batch_size, skip_broken, progress)
+
+
+def _embed(embedder: Encodes, records: Dataset, shards: list[str], card: dict, out: Path, batch_size: int, skip_broken: bool, progress: bool) -> dict:
+    "What `embed_data` does once the place is its own."
     folder = _folder_of(out)
     for place in dict.fromkeys((out, folder)):
         if _card_of(place).is_file():
@@ -327,10 +333,10 @@ def embed_data(
             _check_same(place, found, card)
             if found["complete"] and found["pictures"] == card["pictures"] and _is_whole(out, shards):
                 return _tidied(found, folder, out)
-    if survey["cut"]:
-        warnings.warn(f"{survey['cut']:,} captions are longer than the model can read, and are cut to its context")
+    if card["cut"]:
+        warnings.warn(f"{card['cut']:,} captions are longer than the model can read, and are cut to its context")
     try:
-        _write_shards(embedder, records, shards, card, folder, batch_size, skip_broken, progress)
+        _write_shards(embedder, records, shards, card, out, batch_size, skip_broken, progress)
         return _finish(card, folder, out)
     except OSError as error:
         if not no_room(error):
@@ -354,8 +360,9 @@ def _is_whole(out: Path, of: list[str]) -> bool:
         return False
 
 
-def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict, folder: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
+def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict, out: Path, batch_size: int, skip_broken: bool, progress: bool) -> None:
     "The shards that are not there yet, or not what they should be."
+    folder = _folder_of(out)
     for stale in _shards_in(folder):
         if not _is_of(stale, of):
             stale.unlink()
@@ -365,10 +372,10 @@ def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict
     with torch.inference_mode(), embedder.encoding(card["rows"]), tqdm(total=card["rows"], initial=sum(pq.read_metadata(s).num_rows for s in there), unit="row", disable=not progress) as bar:
         for made, (number, table) in enumerate(_embedded(embedder, shards, card["dtype"], card["truncate_dim"], batch_size, skip_broken, bar)):
             if not made:
-                check_space(folder, table.nbytes * len(todo), "what is still to be embedded")
+                check_space(folder, table.nbytes * (len(todo) + (len(of) if folder != out else 0)), "what is still to be embedded")  # and one file of all shards
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
-                pq.write_table(table.replace_schema_metadata({"of": of[number]}), part, row_group_size=len(table), use_dictionary=["kind"])
+                pq.write_table(table.replace_schema_metadata({"of": of[number]}), part, row_group_size=len(table), use_dictionary=["kind"], write_page_checksum=True)
 
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:
@@ -430,8 +437,11 @@ class Vectors:
 
     def _read(self, piece: int, columns: list[str]) -> pa.Table:
         file, group = self.pieces[piece]
-        with pq.ParquetFile(file) as opened:
-            return opened.read_row_group(group, columns)
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+                return opened.read_row_group(group, columns)
+        except (OSError, ValueError, pa.ArrowException):  # what pyarrow makes of damaged pages
+            raise InputError(f"{file}: not whole, or changed since it was written; embed again") from None
 
     def blocks(self, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         "(numbers `(n,)`, vectors `(n, D)`) of the rows of a kind, piece by piece."

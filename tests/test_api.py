@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,18 @@ def test_generate_takes_paths_and_leaves_the_adapter_off(scenes, tmp_path):
     question = "what is at the top left?"
     answers = [model.generate(pictures, question, max_new_tokens=6) for model in (adapter, base) for pictures in ([tmp_path / "a.png"], [scenes[0][0]])]
     assert answers == [answers[0]] * 4 and answers[0][0]
+    assert not any(p.requires_grad for p in adapter.parameters())  # what was frozen still is
+
+
+def test_threads_may_share_a_model_or_have_one_each(scenes):
+    texts = [[f"{'a star and ' * (number % 7)}a ring {number} {part}" for number in range(24)] for part in range(4)]
+    models = [load_embedder(ADAPTER), load_embedder(CHECKPOINTS / "llava-micro")]
+    jobs = [(models[part % 2].encode_text, part_texts) for part, part_texts in enumerate(texts * 3)] + [(model.encode_image, [p for p, _ in scenes[:4]]) for model in models]
+    expected = [encode(items) for encode, items in jobs]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda job: job[0](job[1]), jobs))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected))
+    assert all(model.model.get_decoder().config._attn_implementation == "sdpa" for model in models)
 
 
 # The base install

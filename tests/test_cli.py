@@ -1,5 +1,6 @@
 "Bad input ends with exit code 2 and one line; good input does what it says, on scenes saved as files and on real photographs."
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from conftest import CHECKPOINTS, fails_in_one_line, run
 from lvlm_research.benchmarks import load_suite
-from lvlm_research.reproduce import exclusive
+from lvlm_research.config import exclusive
+from lvlm_research.reproduce import IN_GRAPH, results_folder
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 
 MODEL = str(CHECKPOINTS / "llava-micro")
@@ -103,6 +105,7 @@ def test_a_broken_image_is_named(folder):
     (("search", "none.parquet", "x"), "none.parquet: no such file"),
     (("embed", "m", "none", "--out", "x"), "none: no such file"),
     (("train", "--config", "none.json"), "none.json: cannot be read"),
+    (("embed", "m", "n", "--out", "\u202e" + 300 * "x"), f"\\u202e{300 * 'x'} cannot be used: File name too long; check the path"),
 ])
 def test_bad_arguments(argv, says):
     fails_in_one_line(*argv, says=says)
@@ -157,6 +160,22 @@ def test_a_results_folder_of_another_profile(tmp_path):
 def test_two_runs_in_one_results_folder_are_refused(tmp_path):
     with exclusive((tmp_path / "results").resolve()):
         fails_in_one_line("update", "--profile", "smoke", "--results", str(tmp_path / "results"), says="another run is at work")
+
+
+def test_a_stage_that_a_killed_run_has_left_on_a_cluster_is_not_run_beside_it(tmp_path):
+    results_folder("smoke", str(tmp_path / "results"))
+    with exclusive((tmp_path / "results/status/tab1").resolve()):
+        result = run("stage", "tab1", "--profile", "smoke", "--results", str(tmp_path / "results"), **{IN_GRAPH: str(os.getpid())})
+        assert result.returncode == 2 and "status/tab1: another run is at work here" in result.stderr
+
+
+def test_two_trainings_or_embeddings_in_one_place_are_refused(folder):
+    (folder / "mine.json").write_text(json.dumps({"model": MODEL, "data": ".", "output": "adapter"}))
+    before = sorted(folder.iterdir())
+    with exclusive(folder / "adapter"), exclusive(folder / "index"):
+        fails_in_one_line("train", "--config", str(folder / "mine.json"), says="adapter: another run is at work")
+        fails_in_one_line("embed", MODEL, str(folder), "--out", str(folder / "index"), says="index: another run is at work")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_real_photographs(real_data, tmp_path):

@@ -26,6 +26,7 @@ from lvlm_research.finetuning import FineTuning, fine_tune
 from lvlm_research.formats import read_records, record_pairs
 from lvlm_research.reproduce import has_snakemake, processes_of, results_folder
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
+from lvlm_research.warm_kernels import copies_kernels
 
 
 def kill_when(process: subprocess.Popen, file) -> None:
@@ -204,11 +205,12 @@ def test_a_full_disk_ends_an_embedding_in_one_line_and_it_goes_on_once_there_is_
 
 def victims(folder) -> dict:
     "The processes of a run, by what they are."
-    kinds, found = {"--snakefile": "scheduler", "ipykernel_launcher": "kernel", "stage": "stage"}, {}
+    kinds, found = {"--snakefile": "scheduler", "ipykernel_launcher": "kernel", "stage": "stage", "ask": "asker", "serve": "original"}, {}
     for process in processes_of(folder):
         with suppress(psutil.NoSuchProcess):  # gone since
             words = process.cmdline()
-            found |= {kind: process for word, kind in kinds.items() if word in words}
+            kind = next((kind for word, kind in kinds.items() if word in words), None)
+            found["copy" if kind == "original" and "serve" in process.parent().cmdline() else kind] = process
     return found
 
 
@@ -233,3 +235,23 @@ def test_a_killed_run_leaves_no_process_and_update_goes_on(tmp_path):
     result = run(*command)  # nothing had to be unlocked or removed
     assert result.returncode == 0 and (folder / "models/clip/model.safetensors").read_bytes() == (CHECKPOINTS / "clip-micro/model.safetensors").read_bytes(), result.stderr
     assert not [name for name in files_in(folder) if ".part" in name]
+
+
+@pytest.mark.skipif(not has_snakemake() or not copies_kernels(), reason="kernels are not copied here")
+def test_a_killed_run_with_warm_kernels_leaves_no_process_and_goes_on(tmp_path):
+    for victim in ("command", "original", "asker", "copy"):
+        folder = (tmp_path / victim).resolve()
+        command = ["update", "--profile", "cpu", "--results", str(folder), "--cores", "1", "--only"]
+        with subprocess.Popen([sys.executable, "-m", "lvlm_research.cli", *command, "evaluate-clip-large"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 300
+            while "copy" not in (found := victims(folder)) or found["copy"].cpu_times().user < 0.8:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            (process if victim == "command" else found[victim]).kill()
+            assert not psutil.wait_procs([found["asker"], found["copy"]], timeout=30)[1]
+            process.kill()
+        while processes_of(folder):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    result = run(*command, "dual-clip")
+    assert result.returncode == 0 and (folder / "models/clip/card.json").is_file(), result.stderr

@@ -77,6 +77,30 @@ def states(lvlm, *pictures: np.ndarray) -> torch.Tensor:
         return lvlm.embed(lvlm.templates.image(list(pictures)), "image")
 
 
+def test_a_changed_byte_is_never_taken_for_tokens(llava, tmp_path):
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (60, 60, 3), np.uint8) for _ in range(2)]
+    expected = states(llava, *pictures)
+    with kept_features(tmp_path / "kept", llava.model, llava.templates.processor):
+        states(llava, *pictures)
+    index, tokens = (tmp_path / f"kept/{name}-0.bin" for name in ("index", "tokens"))
+    whole, refused = {file: file.read_bytes() for file in (index, tokens)}, 0
+    for file, places in ((index, range(2 * ENTRY.size)), (tokens, noise.integers(0, len(whole[tokens]), 20))):
+        for place in places:
+            for other, content in whole.items():
+                other.write_bytes(content)
+            changed = bytearray(whole[file])
+            changed[place] ^= noise.integers(1, 256)
+            file.write_bytes(changed)
+            try:
+                with kept_features(tmp_path / "kept", llava.model, llava.templates.processor):
+                    assert torch.allclose(states(llava, *pictures), expected, atol=1e-6)
+            except InputError as error:
+                assert "was changed since it was written; remove" in str(error)
+                refused += 1
+    assert refused > 20  # of the others, tokens were made again
+
+
 def test_what_a_kill_leaves_unfinished_is_made_again(llava, tmp_path):
     model, processor, noise = llava.model, llava.templates.processor, np.random.default_rng(0)
     pictures = [noise.integers(0, 256, (60, 60, 3), np.uint8) for _ in range(5)]

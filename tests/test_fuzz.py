@@ -8,16 +8,23 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import CHECKPOINTS
 from broken_inputs import MANIFEST, PLAIN, PNG, WHOLE, tar_of, write
 from lvlm_research.config import InputError, profile_of, read_json
 from lvlm_research.datasets import read_folder
+from lvlm_research.embedder import FORMATS, DiscriminativeLVLM, open_image
 from lvlm_research.families import read_config
+from lvlm_research.finetuning import read_fine_tuning
+from lvlm_research.fitting import KeepState
 from lvlm_research.formats import read_records
 from lvlm_research.public_benchmarks import TASKS, read_captions
 from lvlm_research.reproduce import RESULTS_VERSION
+from lvlm_research.vectors import KINDS, Vectors, embed_data
 from lvlm_research.verify import verify
 
 fuzzed = settings(max_examples=int(os.environ.get("LVLM_FUZZ", 25)), deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -161,6 +168,13 @@ def test_a_benchmark_of_any_bytes(task, place):
     run()
 
 
+def picture_as(kind: str) -> bytes:
+    "A small picture in one of PIL's formats."
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((9, 7)).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
 stage = st.fixed_dictionaries({}, optional={"state": st.sampled_from(["ok", "failed"]) | scalars, "parameters": objects("seed"), "fingerprint": texts, "reads": st.dictionaries(texts, texts, max_size=2),
                                             "writes": st.dictionaries(texts, st.sampled_from(["0" * 64]) | scalars, max_size=2), "error": scalars})
 manifests = st.fixed_dictionaries({"format": st.just(RESULTS_VERSION) | scalars}, optional={"profile": texts, "values": objects("name"), "run": objects("revision"), "stages": st.dictionaries(texts, stage, max_size=3)})
@@ -170,6 +184,8 @@ SETTINGS = {  # what is read -> reader, name of the file, what may be in it
     "manifest": (verify, "manifest.json", as_json(manifests) | damaged(good(MANIFEST))),
     "status": (verify, "status/report.json", as_json(stage) | damaged(good(MANIFEST["stages"]["tab2"]))),
     "captions": (lambda folder: read_captions(folder / "x.json"), "x.json", st.binary(max_size=60) | as_json(entries)),
+    "training": (lambda folder: read_fine_tuning(folder / "mine.json"), "mine.json", as_json(objects("model", "data", "output", "steps", "lr", "fields", "variant")) | damaged(good({"model": "m", "data": "d", "output": "o", "lr": 1e-3}))),
+    "picture": (lambda folder: open_image(folder / "x.png"), "x.png", st.binary(max_size=60) | st.sampled_from([picture_as(kind) for kind in FORMATS if kind in Image.SAVE]).flatmap(damaged)),
     "any json": (lambda folder: read_json(folder / "x.json"), "x.json", st.binary(max_size=60) | damaged(good([RECORD, CREPE]))),
 }
 
@@ -185,5 +201,71 @@ def test_settings_and_results_of_any_bytes(kind, place):
     @given(contents)
     def run(data):
         survives(read, place, place, name, data)
+
+    run()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Path:
+    "An index of three captions and a picture."
+    folder = tmp_path_factory.mktemp("index")
+    write(folder / "data/a.png", PNG)
+    write(folder / "data/captions.jsonl", good({"image": "a.png", "captions": ["a star", "one star", "a ring"]}))
+    embed_data(CHECKPOINTS / "llava-micro", folder / "data", folder / "whole")
+    return folder / "whole"
+
+
+def read_index(folder: Path) -> None:
+    "All that a search reads."
+    vectors = Vectors(folder)
+    for kind in KINDS["both"]:
+        vectors.rows(number for numbers, _ in vectors.blocks(kind) for number in numbers)
+
+
+@pytest.mark.parametrize("name", ["index.json", "00000.parquet"])
+def test_an_index_of_any_bytes(name, index, place):
+    whole = {file.name: file.read_bytes() for file in index.iterdir()}
+    for file, data in whole.items():
+        write(place / "index" / file, data)
+    card = json.loads(whole["index.json"])
+    other = st.dictionaries(st.sampled_from(list(card)), scalars, min_size=1, max_size=2).map(lambda changed: good(card | changed))
+
+    @fuzzed
+    @given(damaged(whole[name]) | (other if name == "index.json" else st.binary(max_size=60)))
+    def run(data):
+        survives(read_index, place / "index", place, f"index/{name}", data)
+
+    run()
+
+
+@pytest.mark.parametrize("name", ["discriminative.json", "adapter_config.json", "adapter_model.safetensors", "soft_prompts.safetensors"])
+def test_an_adapter_of_any_bytes(name, place):
+    whole = CHECKPOINTS / "vladva-micro"
+    for file in whole.iterdir():
+        if file.name != "card.json":  # which tells any other byte
+            write(place / "adapter" / file.name, file.read_bytes())
+    data = (whole / name).read_bytes()
+    contents = damaged(data[:2000]).map(lambda beginning: beginning + data[2000:])  # where the header is
+    if name.endswith("json"):
+        contents |= st.dictionaries(st.sampled_from(list(json.loads(data))), scalars, min_size=1, max_size=2).map(lambda changed: good(json.loads(data) | changed))
+
+    @fuzzed
+    @given(contents)
+    def run(data):
+        survives(lambda folder: DiscriminativeLVLM.from_pretrained(folder), place / "adapter", place, f"adapter/{name}", data)
+
+    run()
+
+
+def test_a_kept_state_of_any_bytes(place):
+    content = io.BytesIO()
+    torch.save({"global_step": 3, "owner": "me", "state_dict": {"w": torch.zeros(4)}}, content)
+
+    @fuzzed
+    @given(st.binary(max_size=60) | damaged(content.getvalue()))
+    def run(data):
+        kept = KeepState(place / "state.ckpt", "me", 1.0)
+        survives(lambda _: kept.find(), place, place, "state.ckpt", data)
+        assert kept.step in (0, 3)
 
     run()

@@ -28,11 +28,12 @@ def step(request):
     pairs[3], pairs[5] = replace(pairs[3], short=pairs[1].short), replace(pairs[5], short=None)
     batch = joint_batches(lvlm.templates, lambda number: pairs)(0)
 
-    def run(levers: Levers, cache_rows: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
+    def run(levers: Levers, cache_rows: int = 0, half: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
         lvlm.levers = levers
         module = Discriminative(lvlm, 0.7, cache_rows)
         module.note = lambda **values: None  # it asks the trainer for the step
-        loss = module.training_step(batch, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as a trainer does, which takes gradients outside
+            loss = module.training_step(batch, 0)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         return loss.item(), dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
 
@@ -60,6 +61,22 @@ def test_a_lever_changes_neither_loss_nor_gradients(step, plain, switches):
 @pytest.mark.parametrize("cache_rows", [1, 3, 7])
 def test_cached_gradients_are_those_of_one_graph(step, plain, cache_rows, levers):
     agree(step(levers, cache_rows), plain)
+
+
+@pytest.mark.parametrize("cache_rows", [0, 3])
+def test_logits_of_a_few_tokens_at_a_time_are_those_of_all(step, plain, cache_rows):
+    agree(step(Levers(logits=10 * step.lvlm.model.lm_head.out_features), cache_rows), plain)
+
+
+def test_cached_gradients_are_taken_outside_autocast_and_as_good_as_those_of_one_graph(step):
+    (_, exact), (_, at_once) = step(Levers()), step(Levers(), half=True)
+    parameter, inside = step.lvlm.model.get_parameter(next(name for name, p in step.lvlm.model.named_parameters() if p.requires_grad)), []
+    hook = parameter.register_hook(lambda gradient: inside.append(torch.is_autocast_enabled("cpu")))
+    _, cached = step(Levers(), 3, half=True)
+    hook.remove()
+    assert inside and not any(inside)
+    error = lambda found: max(float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in exact.items())
+    assert error(cached) < 1.2 * error(at_once) < 0.1
 
 
 def test_the_levers_do_what_they_say(step):

@@ -72,7 +72,7 @@ def test_on_a_cluster_a_training_asks_for_a_gpu_and_a_table_does_not(tmp_path, c
     jobs = {block.split(":")[0]: block for block in re.split(r"^rule ", result.stdout + result.stderr, flags=re.M)[1:]}
     assert {s.name for s in stages("gpu")} <= set(jobs)
     for name, gpus in (("train-vladva", 1), ("tab4", 0)):
-        assert f"gpu={gpus}" in jobs[name] and f"cli stage {name} --profile gpu --results {lies} --threads 1\n" in jobs[name]
+        assert f"gpu={gpus}" in jobs[name] and f"cli stage {name} --profile gpu --results {lies}\n" in jobs[name]
     assert "models/base/model.safetensors" in jobs["train-vladva"].split("output:")[0]  # the weights are carried to the node, not only their card
 
 
