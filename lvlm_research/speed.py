@@ -48,6 +48,9 @@ def speed_table(
             for row in in_words(pd.read_csv(folder / f"{name}.csv")).to_dict("records"):
                 of = ", ".join(filter(None, (row["family"], row["setting"])))
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
+    if (folder / "reproduce.csv").is_file():
+        ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
+        lines.append(f"| all figures and tables, a quarter of profile cpu | | revision cc2cb6b | | {ratio:.2f} | |")
     return "\n".join(lines) + "\n"
 
 
