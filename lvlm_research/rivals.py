@@ -234,11 +234,12 @@ def ours(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale:
 def compiled(lvlm: DiscriminativeLVLM) -> None:
     "Have torch compile the layers of the language model, for rows of any number and length."
     lvlm.levers = replace(lvlm.levers, packed=False)  # where a pack is cut is different in every batch, and would be compiled anew
-    for layer in lvlm.model.get_decoder().layers[:-1]:  # the last one has hooks, which compiled code would not follow
+    layers = lvlm.model.get_decoder().layers
+    for layer in layers[:-1] if lvlm.levers.read_rows else layers:  # where only what is read is computed, the last one has hooks, which compiled code would not follow
         layer.compile(dynamic=True)
 
 
-COMPILED = "ours, compiled"
+COMPILED = {"ours, compiled": ours, "lean, one pass, compiled": lean_one_pass}
 RIVALS = {"peer style": peer_style, "lean": lean, "lean, one pass": lean_one_pass}
 WITHOUT = {name: (name,) for name, value in vars(Levers()).items() if value is True} | {"length_groups": ("packed", "length_groups")}  # there are groups where rows are not packed
 OURS = {"ours": Levers(), **{f"ours without {', '.join(names)}": replace(Levers(), **dict.fromkeys(names, False)) for names in WITHOUT.values()}, "ours, no lever": PLAIN}
@@ -310,7 +311,7 @@ def forget_peak() -> None:
 
 
 def joint(
-    arm: str,  # of RIVALS or OURS, or COMPILED
+    arm: str,  # of RIVALS, OURS or COMPILED
     family: str,
     batch: int,
     repeated: float = 0.0,  # share of the short captions that have come before
@@ -319,13 +320,14 @@ def joint(
     "The joint step of an arm on a model and a batch of its own, and what it trains."
     torch.manual_seed(0)
     lvlm = as_if_in_training(proportioned(family, **size).train())
-    lvlm.levers = OURS.get(arm, PLAIN if arm in RIVALS else Levers())
-    if arm == COMPILED:
+    step = (RIVALS | COMPILED).get(arm, ours)
+    lvlm.levers = OURS.get(arm, Levers() if step is ours else PLAIN)
+    if arm in COMPILED:
         compiled(lvlm)
     temperature = torch.nn.Parameter(torch.tensor(10.0, device=lvlm.device))
     pairs = joint_batches(lvlm.templates, lambda step: made_pairs(batch, step, repeated=repeated))(0)
     pairs = replace(pairs, **{name: getattr(pairs, name).to(lvlm.device) for name in ("image", "text", "has_short", "caption")})
-    prompts, step = pairs.image.prompts(), RIVALS.get(arm, ours)
+    prompts = pairs.image.prompts()
     trained = {**{n: p for n, p in lvlm.named_parameters() if p.requires_grad}, "scale": temperature}
     return lambda: step(lvlm, pairs, prompts, temperature), trained
 
