@@ -36,9 +36,9 @@ reference: setup  ## make the finished run of PROFILE the committed reference, w
 
 performance: setup  ## measure what the README says about speed, with nothing else running; TEXTS and PICTURES: COCO's captions, a folder of photographs
 	rm -rf results/speed
-	for name in train_step levers contrastive encode recall scaling; do \
+	for name in train_step levers contrastive encode photographs recall scaling reproduce; do \
 		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \
-			$$(test $$name = encode && echo $(if $(TEXTS),-p texts $(TEXTS)) $(if $(PICTURES),-p pictures $(PICTURES))) || exit 1; \
+			$$(case $$name in encode) echo $(if $(TEXTS),-p texts $(TEXTS)) ;; esac; case $$name in encode|photographs) echo $(if $(PICTURES),-p pictures $(PICTURES)) ;; esac) || exit 1; \
 	done
 	$(BIN)/python -c 'from lvlm_research.speed import publish_performance; publish_performance("results/speed", "results/speed/notebooks")'
 	$(BIN)/nbdev_clean
