@@ -62,7 +62,7 @@ def write_embedder(
 # %% ../nbs/19a_embedding_rivals.ipynb #ac2c928c
 Encoders = dict[str, Callable[[list[str]], torch.Tensor]]  # by modality
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = {"text": 256, "image": 64} if DEVICE == "cuda" else {"text": 32, "image": 32}  # of the rivals: on a GPU as many as of ours, on a CPU their usual number, with which they are faster
+BATCH = {"text": 256, "image": 64} if DEVICE == "cuda" else {"text": 32, "image": 32}  # of the rivals: on a GPU, where it decides, as many as of ours; else what Sentence Transformers takes by itself
 
 
 def ours(folder: Path) -> Encoders:

@@ -50,7 +50,7 @@ def speed_table(
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
     if (folder / "reproduce.csv").is_file():
         ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
-        lines.append(f"| all figures and tables, a quarter of profile cpu | | revision cc2cb6b | | {ratio:.2f} | |")
+        lines.append(f"| all figures and tables, a quarter of profile cpu, seconds of all stages | | revision cc2cb6b | | {ratio:.2f} | |")
     return "\n".join(lines) + "\n"
 
 

@@ -167,7 +167,7 @@ def become_kernel(request: dict) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # jupyter interrupts what it shuts down
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(0)  # to take down what was imported would touch, and so copy, all of it: two seconds
+        os._exit(0)  # to take down what was imported would touch, and so copy, all of it
 
 # %% ../nbs/14c_warm_kernels.ipynb #ca505013
 #| eval: false
