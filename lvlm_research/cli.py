@@ -365,7 +365,7 @@ def _model_and_data(sub: argparse.ArgumentParser, help: str, model_required: boo
 
 
 def main(argv: list[str] | None = None) -> int:
-    "Entry point: 0, or 2 with one line on stderr; 1 where a comparison that was asked for finds a difference."
+    "Entry point: 0, or 2 with one line on stderr; 1 where a comparison that was asked for finds a difference; 130 after Ctrl-C."
     args = parser().parse_args(argv)
     say = lambda message: print(f"lvlm-research: {' '.join(str(message).split())}", file=sys.stderr)
     with warnings.catch_warnings():
@@ -375,6 +375,9 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args) or 0
         except InputError as error:
             say(error)
+        except KeyboardInterrupt:
+            say("interrupted; what was finished is there, and `update`, or the same training or embedding, goes on from it")
+            return 130
         except OSError as error:
             if not no_room(error) and not error.filename:
                 raise

@@ -134,7 +134,7 @@ def by_part(
     modality: str = "image",
     count: int = 64,  # items
 ) -> list[dict]:
-    "Seconds of CPU and floating-point operations of one arm, by part of the model."
+    "Seconds of CPU and floating-point operations of one arm, by part of the model; of a process with one thread, whose clock tells the parts apart."
     encode, items = ARMS[arm](Path(folder))[modality], read_json(Path(folder) / "inputs.json")[modality][:count]
     encode(items[:8])
     counter, seconds, flops, began = FlopCounterMode(display=False), Counter(), Counter(), {}

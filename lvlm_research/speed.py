@@ -50,7 +50,7 @@ def speed_table(
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
     if (folder / "reproduce.csv").is_file():
         ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
-        lines.append(f"| all figures and tables, a quarter of profile cpu, seconds of all stages | | revision cc2cb6b | | {ratio:.2f} | |")
+        lines.append(f"| all figures and tables, a quarter of profile cpu, seconds of all stages added up, one run each | | revision cc2cb6b | | {ratio:.2f} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -67,19 +67,23 @@ def publish_performance(
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if a notebook was not finished, or is of another profile than cpu."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, or is of another profile than cpu."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
     kept = repository / "data/reference/performance"
-    for notebook in sorted(executed.glob("*.ipynb")):
+    notebooks = sorted(executed.glob("*.ipynb"))
+    if not notebooks:
+        raise InputError(f"{executed}: no executed notebook; name the folder that papermill has written into")
+    for notebook in notebooks:
         found = read_object(notebook)
-        if any(cell["cell_type"] == "code" and cell.get("source") and cell["execution_count"] is None for cell in found["cells"]):
+        cells = [cell for cell in found["cells"] if cell["cell_type"] == "code" and cell.get("source")]
+        if any(cell["execution_count"] is None or any(output["output_type"] == "error" for output in cell["outputs"]) for cell in cells):
             raise InputError(f"{notebook}: was not executed to its end; run it again")
         if (profile := found["metadata"].get("papermill", {}).get("parameters", {}).get("profile")) != "cpu":
             raise InputError(f"{notebook}: is of profile {profile!r}; what the README says is of profile 'cpu'")
     kept.mkdir(parents=True, exist_ok=True)
     for file in sorted((*results.glob("*.csv"), *results.glob("*.svg"))):
         done.append(Path(shutil.copyfile(file, kept / file.name)))
-    for notebook in sorted(executed.glob("*.ipynb")):
+    for notebook in notebooks:
         publish_outputs(notebook, repository / "nbs/performance" / notebook.name)
     readme = repository / "README.md"
     write_text(readme, with_speed(readme.read_text(encoding="utf-8"), kept))

@@ -48,7 +48,7 @@ def warm_kernels(environment: dict[str, str]) -> Iterator[dict[str, str]]:
         listening.listen(128)
         command = [sys.executable, "-m", "lvlm_research.warm_kernels", "serve", str(listening.fileno()), str(os.getpid())]
         single = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.Popen(command, env=os.environ | environment | single, pass_fds=[listening.fileno()], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=os.environ | environment | single, pass_fds=[listening.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for those whom a person has started
     try:
         yield environment | {PLACE: place}
     finally:
@@ -57,8 +57,9 @@ def warm_kernels(environment: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def kernel_command(command: list[str]) -> list[str]:
-    "What starts a kernel: the command of its specification, or where copies can be asked for, what asks for one."
-    if PLACE not in os.environ or command[1:3] != ["-m", "ipykernel_launcher"]:
+    "What starts a kernel: the command of its specification, or where copies can be asked for and one thread is enough, what asks for one."
+    several = os.environ.get("OMP_NUM_THREADS", "1") != "1"  # numpy counts its threads when it is imported
+    if PLACE not in os.environ or several or command[1:3] != ["-m", "ipykernel_launcher"]:
         return command
     return [command[0], "-m", "lvlm_research.warm_kernels", "ask", os.environ[PLACE], *command[3:]]
 
@@ -72,12 +73,12 @@ def _tell(process: int, number: int) -> None:
 def ask(place: str, arguments: list[str]) -> int:
     "Ask for a kernel with these arguments, stay as long as it does, and return its exit code. Becomes an ordinary kernel if nobody answers."
     parent, connection = os.getppid(), socket.socket(socket.AF_UNIX)
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    request, answers = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}, connection.makefile("rb")
     try:
         connection.connect(place)
         socket.send_fds(connection, [b"k"], [1, 2])
         connection.sendall(json.dumps(request).encode() + b"\n")
-        copy = int(connection.recv(16) or 0)  # its number, once it has been made
+        copy = int(answers.readline() or 0)  # its number, once it has been made
     except OSError:
         copy = 0
     if not copy:
@@ -86,7 +87,7 @@ def ask(place: str, arguments: list[str]) -> int:
         signal.signal(number, lambda number, _: _tell(copy, number))
     while os.getppid() == parent:
         if select.select([connection], [], [], 0.2)[0]:
-            code = int(connection.recv(16) or 1)  # nothing: who makes the copies is gone
+            code = int(answers.readline() or 1)  # nothing: who makes the copies is gone
             if code < 0:
                 signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
                 os.kill(os.getpid(), -code)
@@ -96,10 +97,10 @@ def ask(place: str, arguments: list[str]) -> int:
 # %% ../nbs/14c_warm_kernels.ipynb #80a5b93d
 def serve(listening: socket.socket, parent: int) -> dict | None:
     "Make a copy of this process for every request, until the process `parent` is gone. Returns the request in a copy, None at the end."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nobody looks at these
-        for module in PRELOADED:
-            importlib.import_module(module)
+    shown, warnings.showwarning = warnings.showwarning, lambda *_, **__: None  # nobody looks at these; what imports set for later warnings stays
+    for module in PRELOADED:
+        importlib.import_module(module)
+    warnings.showwarning = shown
     copies = {}
     while os.getppid() == parent:
         for ready in select.select([listening, *copies.values()], [], [], 0.05)[0]:
@@ -116,14 +117,14 @@ def serve(listening: socket.socket, parent: int) -> dict | None:
                         os.close(file)
                     copies[copy] = connection
                     with suppress(OSError):
-                        connection.sendall(str(copy).encode())
+                        connection.sendall(f"{copy}\n".encode())
             else:  # whoever asked is gone
                 _tell(next(copy for copy, connection in copies.items() if connection is ready), signal.SIGKILL)
         for copy in list(copies):
             ended, status = os.waitpid(copy, os.WNOHANG)
             if ended:
                 with suppress(OSError):
-                    copies[copy].sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                    copies[copy].sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
                 copies.pop(copy).close()
     for copy in copies:
         _tell(copy, signal.SIGKILL)

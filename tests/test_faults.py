@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,34 @@ def test_a_full_disk_ends_a_training_in_one_line_and_it_goes_on_once_there_is_ro
     assert (tmp_path / "full/soft_prompts.safetensors").read_bytes() == (tmp_path / "whole/soft_prompts.safetensors").read_bytes()
 
 
+# A disk of one megabyte ($1), which another fills while the command runs, and which then has room again; the output ends in $2.
+SMALL_DISK = """
+mount -t tmpfs -o size=1m tmpfs "$1" || exit 3
+disk=$1 kept=$2; shift 2
+"$@" & while [ ! -e "$disk/out/unfinished/state.ckpt" ] && kill -0 $!; do sleep 0.01; done
+head -c 2m /dev/zero > "$disk/fill" 2>/dev/null
+wait $!; echo "ended with $?"; find "$disk/out" -type f; rm "$disk/fill"
+"$@"; echo "ended with $?"; cp -r "$disk/out" "$kept"
+"""
+NAMESPACE = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or bool(subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode), reason="no disk can be mounted here")
+def test_a_small_disk_that_another_fills_ends_a_training_in_one_line_and_it_goes_on(data, tmp_path):
+    config, disk, kept = vars(soft(data, tmp_path / "whole", steps=60)), tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    given = {key: config[key] for key in ("model", "data", "variant", "steps", "batch", "lr", "keep_seconds")}
+    (tmp_path / "whole.json").write_text(json.dumps(given | {"output": config["output"]}))
+    (tmp_path / "disk.json").write_text(json.dumps(given | {"output": str(disk / "out")}))
+    assert run("train", "--config", str(tmp_path / "whole.json")).returncode == 0
+    command = [*NAMESPACE, "bash", "-c", SMALL_DISK, "bash", str(disk), str(kept), sys.executable, "-m", "lvlm_research.cli", "train", "--config", str(tmp_path / "disk.json")]
+    said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    first, second = said.split("ended with 2\n")
+    assert "No space left on device" in first.splitlines()[-1] and "Traceback" not in said and ".part" not in second, said
+    assert "going on from step" in second and second.endswith("ended with 0\n"), said
+    assert (kept / "soft_prompts.safetensors").read_bytes() == (tmp_path / "whole/soft_prompts.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("size, says, kept", [(2 << 10, "free some space", 0), (8 << 10, "4 shards are kept", 4)])
 def test_a_full_disk_ends_an_embedding_in_one_line_and_it_goes_on_once_there_is_room(data, tmp_path, capsys, size, says, kept):
     embed = lambda name: main(["embed", str(CHECKPOINTS / "clip-micro"), str(data), "--out", str(tmp_path / name), "--shard", "2"])
@@ -235,6 +264,24 @@ def test_a_killed_run_leaves_no_process_and_update_goes_on(tmp_path):
     result = run(*command)  # nothing had to be unlocked or removed
     assert result.returncode == 0 and (folder / "models/clip/model.safetensors").read_bytes() == (CHECKPOINTS / "clip-micro/model.safetensors").read_bytes(), result.stderr
     assert not [name for name in files_in(folder) if ".part" in name]
+
+
+@pytest.mark.skipif(not has_snakemake() or not copies_kernels(), reason="kernels are not copied here")
+def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
+    folder = (tmp_path / "results").resolve()
+    command = [sys.executable, "-m", "lvlm_research.cli", "update", "--profile", "smoke", "--results", str(folder), "--cores", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # a shell ignores Ctrl-C for what it runs in the background
+        deadline = time.monotonic() + 300
+        while "copy" not in (found := victims(folder)) or found["copy"].cpu_times().user < 0.8:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the command has started in its group
+        said = process.stdout.read()
+    assert process.returncode == 130 and said.count("interrupted; what was finished is there") >= 1 and "Traceback" not in said, said
+    while processes_of(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(not has_snakemake() or not copies_kernels(), reason="kernels are not copied here")
