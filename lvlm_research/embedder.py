@@ -541,7 +541,10 @@ def _groups(self, batch: Sequences) -> list[tuple[torch.Tensor, Sequences]]:
     "(rows, their sequences) that go through the model together."
     if batch.together or not (self.levers.length_groups or self._packs(batch)) or not batch.has_rows():
         return [(torch.arange(len(batch.last)), batch)]
-    tokens = None if torch.is_grad_enabled() or self.device.type != "cpu" else self.levers.pass_tokens
+    tokens = self.levers.pass_tokens
+    if torch.is_grad_enabled():  # rows that are not packed would be padded the more, the more passes there are
+        tokens = self.levers.packed_tokens if self._packs(batch) else None
+    tokens = tokens if self.device.type == "cpu" else None
     return [(index, batch.rows(index)) for index in self._cut(batch, tokens=tokens)]
 
 

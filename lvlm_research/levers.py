@@ -41,6 +41,7 @@ class Levers:
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
     logits: int = 2**26  # at most at a time (but always those of one token), whatever the vocabulary
     pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
+    packed_tokens: int = 2048  # and of packed rows in one with gradients, whose passes also share less
 
 
 PLAIN = Levers(**{name: False for name, value in vars(Levers()).items() if value is True})

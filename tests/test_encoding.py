@@ -193,13 +193,14 @@ def test_a_list_that_ends_in_an_error_leaves_the_model_as_it_was(lvlm, inputs, e
     assert torch.allclose(lvlm.encode_text(texts[:5]), expected[0][:5], atol=1e-5)
 
 
-def test_training_is_not_cut_into_small_passes(lvlm, inputs):
-    batch = lvlm.templates.text(inputs[0])
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_is_cut_into_passes_only_where_that_pads_nothing(lvlm, inputs, packed):
+    batch, levers = lvlm.templates.text(inputs[0]), lvlm.levers
     with Seen(lvlm) as seen:
-        lvlm.levers = replace(lvlm.levers, pass_tokens=64)
+        lvlm.levers = replace(levers, pass_tokens=64, packed_tokens=256, packed=packed)
         lvlm.embed(batch, "text")
-    lvlm.levers = replace(lvlm.levers, pass_tokens=1024)
-    assert max(rows * tokens for rows, tokens in seen.shapes) > 512
+    lvlm.levers = levers
+    assert (max(rows * tokens for rows, tokens in seen.shapes) <= 256) == packed
 
 
 def test_threads_keep_the_order_and_end_with_the_first_error():
