@@ -127,6 +127,7 @@ def proportioned_base(
     texts: Sequence[str] = (),  # real ones, for a tokenizer of byte pairs and the published chat template; empty: random words
     shrink: int = 1,  # widths and numbers of heads are divided by it
     full: bool = False,  # of the size itself, in bfloat16
+    double: bool = False,  # in double precision
     device: str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, and its processor."
@@ -148,7 +149,7 @@ def proportioned_base(
         pictures = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, min_pixels=size.side**2, max_pixels=size.side**2, **square)
         processor = Qwen2VLPictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
     with torch.device(device):
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if full else torch.float32), processor
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float64 if double else torch.bfloat16 if full else torch.float32), processor
 
 
 def proportioned(
@@ -353,8 +354,8 @@ TASKS = {"joint": joint, "contrastive": contrastive, "own": own}
 
 
 def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **options) -> dict[str, torch.Tensor]:
-    "Loss and gradients of one step."
-    step, trained = TASKS[task](arm, family, batch, **options)
+    "Loss and gradients of one step, in double precision: what is left of a difference is not rounding, which is another on every machine."
+    step, trained = TASKS[task](arm, family, batch, double=True, **options)
     loss = step()
     loss.backward()
     return {"loss": loss.detach()[None], **{n: p.grad for n, p in trained.items()}}
