@@ -479,10 +479,11 @@ def available_cores() -> int:
 
 
 def set_threads() -> int:
-    "Pin the number of torch threads to LVLM_THREADS (default: the cores at hand): spinning threads on a busy machine cost up to 30 times."
+    "Pin the number of torch threads to LVLM_THREADS, else OMP_NUM_THREADS (which torchrun sets to 1), else the cores at hand: threads that spin on a busy machine cost up to 30 times."
     import torch
 
-    wanted = os.environ.get("LVLM_THREADS") or str(available_cores())
+    usual = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested loops
+    wanted = os.environ.get("LVLM_THREADS") or (usual if usual.isdigit() and int(usual) else str(available_cores()))
     if not wanted.isdigit() or int(wanted) < 1:
         raise InputError(f"LVLM_THREADS is {wanted!r}: give a number of threads, or unset it")
     torch.set_num_threads(int(wanted))

@@ -35,7 +35,7 @@ from .backbones import PREFIX_ATTENTION, language_head, quiet_loading, trunk_sta
 from .config import InputError, available_cores, check_file, find_model, method_of, read_object
 from .families import TESTED_FAMILIES, check_finite, check_weights, load_lvlm
 from .fused import folded, fuse
-from .levers import ALONE, Levers, common_prefix, keeps_tokens, lean_states, length_groups, packed_groups, packs
+from .levers import ALONE, Levers, common_prefix, keep_heap, keeps_tokens, lean_states, length_groups, packed_groups, packs
 from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
@@ -504,6 +504,8 @@ def forward(
     rows: torch.Tensor | None = None,  # (B, T) bool, positions that are read; None: all
 ) -> torch.Tensor:
     "Final-norm states `(B, T, D)` of a batch, right where they are read."
+    if self.levers.kept_heap:
+        keep_heap()
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
     share = rows is not None and self.levers.shared_prefix and not self._sees_ahead(batch) and keeps_tokens(self.model)
     price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from .rivals import as_if_in_training, measured, proportioned_base
 from .training import VARIANTS, prepare
 
 # %% auto #0
-__all__ = ['Encoders', 'DEVICE', 'BATCH', 'ARMS', 'PARTS', 'Hits', 'RECALL_ARMS', 'write_embedder', 'ours',
+__all__ = ['Encoders', 'DEVICE', 'BATCH', 'WITHOUT', 'ARMS', 'PARTS', 'Hits', 'RECALL_ARMS', 'write_embedder', 'ours',
            'sentence_transformers', 'transformers_loop', 'run_arm', 'vectors_file', 'apart', 'by_part', 'made_vectors',
            'full_matrix', 'one_hot', 'run_recall']
 
@@ -65,8 +66,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = {"text": 256, "image": 64} if DEVICE == "cuda" else {"text": 32, "image": 32}  # of the rivals: on a GPU, where it decides, as many as of ours; else what Sentence Transformers takes by itself
 
 
-def ours(folder: Path) -> Encoders:
+def ours(folder: Path, **levers: bool) -> Encoders:
     embedder = load_embedder(folder / "adapter", dtype=_dtype(folder))
+    embedder.levers = replace(embedder.levers, **levers)
     return {"text": embedder.encode_text, "image": embedder.encode_image}
 
 
@@ -93,6 +95,7 @@ def transformers_loop(folder: Path) -> Encoders:
             "image": partial(encode, batch_size=BATCH["image"], opened=lambda path: Image.open(path).convert("RGB"), length=lambda path: 0)}
 
 
+WITHOUT = {"ours without kept_heap": partial(ours, kept_heap=False)}
 ARMS = {"ours": ours, "Sentence Transformers": sentence_transformers, "transformers": transformers_loop}
 
 # %% ../nbs/19a_embedding_rivals.ipynb #106ebe65
@@ -129,13 +132,13 @@ PARTS = {"CLIPVisionModel": "vision", "LlavaMultiModalProjector": "vision", "Qwe
 
 
 def by_part(
-    arm: str,
+    arm: str,  # of ARMS or WITHOUT
     folder: str,  # of `write_embedder`
     modality: str = "image",
     count: int = 64,  # items
 ) -> list[dict]:
     "Seconds of CPU and floating-point operations of one arm, by part of the model; of a process with one thread, whose clock tells the parts apart."
-    encode, items = ARMS[arm](Path(folder))[modality], read_json(Path(folder) / "inputs.json")[modality][:count]
+    encode, items = (ARMS | WITHOUT)[arm](Path(folder))[modality], read_json(Path(folder) / "inputs.json")[modality][:count]
     encode(items[:8])
     counter, seconds, flops, began = FlopCounterMode(display=False), Counter(), Counter(), {}
 

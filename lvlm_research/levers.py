@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
 __all__ = ['PLAIN', 'ALONE', 'Levers', 'only_rows', 'packs', 'in_pieces', 'run_packed', 'keeps_tokens', 'common_prefix',
-           'lean_states', 'length_groups', 'packed_groups']
+           'lean_states', 'keep_heap', 'length_groups', 'packed_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Levers:
     unique: bool = True  # equal texts of a batch are embedded once; equal pictures hardly meet in one batch, and in lists are one anyway (notebook 06)
     fused_lora: bool = True  # a LoRA layer is one operation with its own backward pass (notebook 05e)
     fused_norm: bool = True  # so is an RMS norm
+    kept_heap: bool = True  # what a pass frees is kept for the next one, not handed back to the system
     pass_price: int = 512  # tokens that one more forward pass has to save before it pays
     logits: int = 2**26  # at most at a time (but always those of one token), whatever the vocabulary
     pass_tokens: int = 1024  # at most in a pass without gradients on a CPU; what a wider one writes leaves the cache before it is read
@@ -226,6 +227,12 @@ def lean_states(
         place = None if edit is None else lambda embeddings: edit(embeddings, last - prefix)
         states = run(model, input_ids[:, prefix:], cut(slice(prefix, None)), vision, place, cache)
     return nn.functional.pad(states, (0, 0, prefix, 0))
+
+# %% ../nbs/05d_levers.ipynb #118de044
+@cache
+def keep_heap() -> None:
+    "Have glibc serve blocks below 32 MiB from its heap and keep up to 64 MiB that are free, as it does once a block of that size was freed; for good, in this process."
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(

@@ -128,10 +128,12 @@ def proportioned_base(
     shrink: int = 1,  # widths and numbers of heads are divided by it
     full: bool = False,  # of the size itself, in bfloat16
     double: bool = False,  # in double precision
+    side: int = 0,  # pixels of a picture; 0: those that make 64 tokens, or the size itself has
     device: str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "A model of random weights with the proportions of LLaVA-1.5-7B or Qwen2-VL-2B, and its processor."
     size = FULL[family] if full else SMALL[family].shrunk(shrink)
+    size = replace(size, side=side or size.side)
     tokenizer, patch, square = _tokenizer(family, size.words, texts), size.tower["patch_size"], dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     text = dict(vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.inner, num_hidden_layers=size.layers, num_attention_heads=size.heads,
                 num_key_value_heads=size.key_heads, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)

@@ -1,4 +1,7 @@
 "What a training step leaves out or computes once changes neither its loss nor its gradients."
+import platform
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -109,6 +112,28 @@ def test_the_levers_do_what_they_say(step):
     for on in (True, False):
         lvlm.levers = replace(PLAIN, fused_norm=on)
         assert len(norms) == 13 and {isinstance(module, FusedNorm) for module in norms} == {on}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_pass_uses_the_memory_of_the_one_before():
+    said = """
+import resource, torch
+from dataclasses import replace
+from lvlm_research.levers import PLAIN
+from lvlm_research.rivals import made_pairs, proportioned
+lvlm = proportioned("llava").eval()
+batch = lvlm.templates.image([p.image for p in made_pairs(24)])
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.inference_mode(): [lvlm.read_out(batch, "image") for _ in range(2)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+lvlm.levers = replace(lvlm.levers, kept_heap=False)
+pages(), print(pages())
+lvlm.levers = replace(lvlm.levers, kept_heap=True)
+pages(), print(pages())
+"""
+    anew, kept = map(int, subprocess.run([sys.executable, "-c", said], check=True, capture_output=True, text=True).stdout.split())
+    assert kept < anew / 2
 
 
 @pytest.mark.parametrize("cache_rows", [0, 3])
