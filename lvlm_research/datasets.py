@@ -22,8 +22,8 @@ from .reading import json_lines, path_below
 from .scenes import claim_with_negative, long_caption, paraphrase, sample_albums, say, scene_images, short_caption
 
 # %% auto #0
-__all__ = ['SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'folder_records', 'read_folder', 'only_split', 'scene_pairs', 'JointBatch',
-           'joint_batches', 'TextBatch', 'text_batches']
+__all__ = ['LABELS', 'SHORT_TOKENS', 'LONG_TOKENS', 'Pair', 'folder_records', 'read_folder', 'only_split', 'scene_pairs',
+           'JointBatch', 'joint_batches', 'TextBatch', 'text_batches']
 
 # %% ../nbs/03_datasets.ipynb #79dbb1a6
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Pair:
     where: str = ""  # its record, if it was read from a file
 
 
+LABELS = 1000  # fields of a record
 SHORT_TOKENS, LONG_TOKENS = 30, 500  # the paper's bins: short < 30 <= long <= 500
 
 # %% ../nbs/03_datasets.ipynb #c8301c17
@@ -48,6 +49,8 @@ def _check_record(record: dict, where: str, folder: Path) -> dict:
         raise InputError(f"{where}: field 'captions' must be a list of at least one non-empty string")
     if large := [key for key, v in record.items() if isinstance(v, int) and not -(2**63) <= v < 2**63]:
         raise InputError(f"{where}: field {large[0]!r} is too large a number; write it as a text")
+    if len(record) > LABELS:
+        raise InputError(f"{where}: has {len(record):,} fields, more than {LABELS:,}; is this training data?")
     if any("\0" in key for key in record):
         raise InputError(f"{where}: the name of a field holds a zero byte; correct it")
     path = path_below(os.path.abspath(folder), image, where)

@@ -40,13 +40,13 @@ from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'READERS', 'KEPT_FROM', 'CONFIG_NAME',
-           'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image', 'name_of',
-           'is_one_picture', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches', 'distinct', 'shortened',
-           'Encodes', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out',
-           'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate',
-           'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'export',
-           'adapter_config', 'lora_config', 'loading', 'from_pretrained']
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'PIXELS', 'READERS', 'KEPT_FROM',
+           'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image',
+           'name_of', 'is_one_picture', 'by_pixels', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches',
+           'distinct', 'shortened', 'Encodes', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
+           'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut',
+           'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained',
+           'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -194,6 +194,7 @@ ALPHA = ("LA", "PA", "RGBA", "RGBa")  # PIL's modes
 SMALLEST_SIDE, LARGEST_ASPECT = 4, 200
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow; some of its others start programs (EPS starts Ghostscript)
 PICTURE = 2**28  # bytes of an undecoded picture
+PIXELS = 2**28  # of pictures that are decoded at a time
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
@@ -263,6 +264,31 @@ def name_of(picture: Picture, place: int) -> str:
 def is_one_picture(images: Picture | Sequence[Picture]) -> bool:
     "Is it one picture, and not a list or an array of several?"
     return isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
+
+
+def _pixels(picture: Picture) -> int:
+    "How many a picture says that it has; 0 if it says nothing, which is for `open_image` to name."
+    try:
+        if isinstance(picture, (np.ndarray, Image.Image)):
+            return int(np.prod(picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size))
+        if not isinstance(picture, bytes) and not os.path.isfile(picture):
+            return 0
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # whatever PIL makes of it
+        return 0
+
+
+def by_pixels(pictures: Sequence[Picture]) -> Iterator[range]:
+    "Places in a list, so many together that at most `PIXELS` are decoded at a time, but always one: a small file may hold many."
+    start = pixels = 0
+    for place, picture in enumerate(pictures):
+        pixels += (own := _pixels(picture))
+        if place > start and pixels > PIXELS:
+            yield range(start, place)
+            start, pixels = place, own
+    if pictures:
+        yield range(start, len(pictures))
 
 
 def opened(images: Iterable[Picture]) -> list[Image.Image]:
@@ -385,6 +411,8 @@ class Encodes:
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
         alone = is_one_picture(images)
+        if not alone and not isinstance(images, Iterable):
+            raise InputError(f"nothing to embed: give a picture or a list of pictures, not {type(images).__name__}")
         check_batch_size(batch_size)
         pictures, back = distinct([images] if alone else images)
         named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
@@ -392,20 +420,24 @@ class Encodes:
             raise InputError("nothing to embed: the list is empty")
         row_of, rows = {}, []  # the row of each look; those of all pictures
 
-        def prepare(batch: list[tuple[Picture, str]]):
-            "The pictures of a batch that look like none before, as the model reads them."
-            new = []
-            for (picture, look), (_, name) in zip(in_threads(_opened_with_look, *zip(*batch)), batch):
-                if look not in row_of:
-                    row_of[look] = len(row_of)
-                    new.append((picture, name))
-                rows.append(row_of[look])
-            return self.laid_out(*map(list, zip(*new))) if new else None
+        def prepare(batch: list[tuple[Picture, str]]) -> list:
+            "The pictures of a batch that look like none before, as the model reads them, in as many parts as memory asks for."
+            parts = []
+            for places in by_pixels([picture for picture, _ in batch]):
+                new, part = [], batch[places.start : places.stop]
+                for (picture, look), (_, name) in zip(in_threads(_opened_with_look, *zip(*part)), part):
+                    if look not in row_of:
+                        row_of[look] = len(row_of)
+                        new.append((picture, name))
+                    rows.append(row_of[look])
+                if new:
+                    parts.append(self.laid_out(*map(list, zip(*new))))
+            return parts
 
         batches = [named[s : s + batch_size] for s in range(0, len(named), batch_size)]
         with self.encoding(len(named)):
             prepared = tqdm(ahead(prepare, batches), total=len(batches), disable=not progress, leave=False)
-            parts = [shortened(self.read_out(batch, "image"), normalize, truncate_dim).float().cpu() for batch in prepared if batch is not None]
+            parts = [shortened(self.read_out(batch, "image"), normalize, truncate_dim).float().cpu() for batches in prepared for batch in batches]
         found = torch.cat(parts)[torch.as_tensor(rows)]
         return found[0] if alone else found[torch.as_tensor(back)]
 
@@ -413,6 +445,8 @@ class Encodes:
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed captions: `(N, D)` float32 on the CPU, `(D,)` for one caption alone; InputError names the index of an empty one, a warning counts those that were cut."
         alone = isinstance(texts, str)
+        if not isinstance(texts, Iterable):
+            raise InputError(f"nothing to embed: give a text or a list of texts, not {type(texts).__name__}")
         unique, back = np.unique(np.array(_words([texts] if alone else list(texts)), object), return_inverse=True)
         if cut := self.count_cut(unique.tolist()):
             warnings.warn(f"{cut} of {len(unique)} captions are longer than the model can read, and were cut to its context")

@@ -30,23 +30,23 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
 
 from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
-from .datasets import LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
+from .datasets import LABELS, LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
 from .embedder import PICTURE, open_image
 from .large_batches import own_share
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
 # %% auto #0
-__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LABELS', 'LONG_NAME', 'COMPRESSED', 'UNPACKED',
-           'PICTURES_OF_A_GROUP', 'PACKED', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines',
-           'read_coco', 'read_table', 'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise',
-           'read_records', 'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
+__all__ = ['PICTURES', 'IMAGE_FIELDS', 'CAPTION_FIELDS', 'TEXTS', 'LONG_NAME', 'COMPRESSED', 'UNPACKED', 'PICTURES_OF_A_GROUP',
+           'PACKED', 'FORMATS', 'NAMED', 'RUN', 'BUFFER', 'read_json', 'read_json_lines', 'read_coco', 'read_table',
+           'read_captions_folder', 'read_tar', 'read_files', 'read_parquet', 'recognise', 'read_records',
+           'sort_captions', 'DataReport', 'data_report', 'shuffled', 'picture_bytes', 'record_pairs']
 
 # %% ../nbs/03a_formats.ipynb #cb979fa8
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 IMAGE_FIELDS = ("image", "Image Path", "filepath", "file_name")  # LLaVA and BLIP, DreamLIP, open_clip, imagefolder
 CAPTION_FIELDS = ("txt", "caption", "captions", "text", "title", "raw_caption", "org_caption", "re_caption", "short_caption", "long_caption",
                   *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")))  # DreamLIP: InstructBLIP, ShareGPT4V, LLaVA
-TEXTS, LABELS = 2**20, 1000  # bytes of all texts of a record; its labels
+TEXTS = 2**20  # bytes of all texts of a record
 
 
 def _row(where: str, captions: list[str], image: str | None, at: Sequence[int] = (), labels: dict | None = None) -> dict:
@@ -132,7 +132,7 @@ def _cell(text: str) -> str | list[str]:
     "What a cell of captions says: a text, or a list of texts as JSON or Python writes it."
     if text[:1] + text[-1:] == "[]":
         for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # TypeError: a set of lists
                 if isinstance(found := read(text), list) and found and all(isinstance(item, str) for item in found):
                     return found
     return text
@@ -166,7 +166,7 @@ def read_captions_folder(folder: Path, root: Path, fields: Sequence[str]) -> Ite
         yield _row(where, values["captions"], values["image"], labels=_labels(values, fields))
 
 # %% ../nbs/03a_formats.ipynb #af33eb92
-LONG_NAME = 2**20  # bytes of a header that holds a name or pax fields
+LONG_NAME = 2**14  # bytes of a header that holds a name or pax fields, which tarfile reads in quadratic time
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -191,7 +191,7 @@ def _tar(file: Path):
             yield tar
     except InputError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # a header that is no number, or a thousand headers of a header
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:  # a header that is no number, or leads before the start; a thousand headers of a header
         raise InputError(f"{file}: not a whole, plain tar ({error}); unpack a compressed one (gunzip), copy a broken one again") from None
 
 
@@ -199,6 +199,8 @@ def _members(tar: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
     "The files in a tar, one by one."
     for member in tar:
         tar.members = []  # it would keep all that it has seen
+        if member.size < 0 or tar.offset <= member.offset:  # as pax fields may say
+            raise InputError(f"{file}: member {member.name!r} leads back to what came before it; copy or make the archive again")
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{file}: member {member.name!r} climbs out of the archive; pack it again with plain names")
@@ -287,7 +289,7 @@ PACKED = 1000  # times that something larger than `UNPACKED` may have been packe
 def _chunks(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
     "What a row group states of these columns, and of the parts of a column of structures."
     chunks = (opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    return [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)]  # a name may hold dots too
 
 
 def _column_bytes(opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:

@@ -227,7 +227,7 @@ def _questions(file: Path) -> list[tuple[str, int, str, str]]:
     "(place, number, type, statement) of MMVP-VLM's CSV."
     found = []
     for where, row in _rows(file):
-        if len(row) != 3 or not row[0].strip().isdecimal() or not all(cell.strip() for cell in row):
+        if len(row) != 3 or not re.fullmatch(r"\d{1,9}", row[0].strip()) or not all(cell.strip() for cell in row):
             raise InputError(f"{where}: needs three columns, the number of the question, its type and a statement; compare it with the published file")
         found.append((where, int(row[0]), row[1].strip(), row[2]))
     return found

@@ -26,9 +26,9 @@ from PIL import Image
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import InputError, check_space, clear_parts, exclusive, find_model, needs, no_room, read_object, write_beside, write_text
+from .config import InputError, check_space, clear_parts, exclusive, find_model, needs, no_room, read_object, sha256, write_beside, write_text
 from .datasets import only_split
-from .embedder import Encodes, Picture, ahead, in_threads, open_image, shortened
+from .embedder import Encodes, Picture, ahead, by_pixels, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
 from .formats import CAPTION_FIELDS, PICTURES, picture_bytes, read_records
 from .prompts import SUMMARY, Prompt
@@ -103,9 +103,8 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 
 @dataclass
 class Prepared:
-    "A task laid out for the model: `batch` of the rows `kept`, None if there are none; `faults` of the others."
+    "Some rows of a task, laid out for the model: `batch` of the rows `kept`, None if there are none; `faults` of the others."
 
-    task: Task
     batch: object
     kept: list[int]
     faults: list[str]
@@ -117,8 +116,8 @@ def _undecoded(row: Row) -> str | bytes:
     return picture_bytes(file, at) if at else file
 
 
-def _opened(rows: list[Row], skip_broken: bool) -> list[Image.Image | InputError]:
-    "The picture of each row, or what is wrong with it if that is to be left out."
+def _opened(rows: list[Row], skip_broken: bool) -> Iterator[tuple[range, list[Image.Image | InputError]]]:
+    "(places of some rows, the picture of each, or what is wrong with it if that is to be left out), no more than memory allows at a time."
     def attempt(step: Callable, *args: object) -> object:
         try:
             return step(*args)
@@ -129,18 +128,21 @@ def _opened(rows: list[Row], skip_broken: bool) -> list[Image.Image | InputError
 
     files = [attempt(_undecoded, row) for row in rows]  # one after the other, as they lie in an archive
     names = [row.id if row.picture[1:] else "" for row in rows]
-    return in_threads(lambda file, name: file if isinstance(file, InputError) else attempt(open_image, file, name), files, names)
+    for places in by_pixels(files):
+        part = slice(places.start, places.stop)
+        yield places, in_threads(lambda file, name: file if isinstance(file, InputError) else attempt(open_image, file, name), files[part], names[part])
 
 
-def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> Prepared:
+def _prepare(embedder: Encodes, task: Task, skip_broken: bool) -> tuple[Task, list[Prepared]]:
     "What a thread does ahead of the model."
     if task.kind == "text":
-        return Prepared(task, embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])
-    found = _opened(task.rows, skip_broken)
-    pictures = {number: picture for number, picture in enumerate(found) if isinstance(picture, Image.Image)}
-    faults = [str(error) for error in found if isinstance(error, InputError)]
-    batch = embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None
-    return Prepared(task, batch, list(pictures), faults)
+        return task, [Prepared(embedder.prepared([row.text for row in task.rows], "text"), list(range(len(task.rows))), [])]
+    parts = []
+    for places, found in _opened(task.rows, skip_broken):
+        pictures = {number: picture for number, picture in zip(places, found) if isinstance(picture, Image.Image)}
+        faults = [str(error) for error in found if isinstance(error, InputError)]
+        parts.append(Prepared(embedder.laid_out(list(pictures.values()), [task.rows[number].id for number in pictures]) if pictures else None, list(pictures), faults))
+    return task, parts
 
 
 def _schema(dimensions: int, dtype: str) -> pa.Schema:
@@ -165,18 +167,21 @@ def _embedded(embedder: Encodes, shards: Iterable[tuple[int, list[Row]]], dtype:
             yield from _tasks(shard, rows, batch_size)
 
     found, done = {}, 0
-    for p in ahead(lambda task: _prepare(embedder, task, skip_broken), tasks()):
-        for fault in p.faults:
-            warnings.warn(f"left out: {fault}")
-        if p.kept:
-            states = shortened(embedder.read_out(p.batch, p.task.kind), truncate_dim=truncate_dim).cpu().numpy().astype(DTYPES[dtype])
-            found |= {row: state for state, number in zip(states, p.kept) for row in p.task.of[number]}
-        done += sum(map(len, p.task.of))
-        bar.update(sum(map(len, p.task.of)))
-        if done == len(rows_in[p.task.shard]):
-            rows = rows_in.pop(p.task.shard)
+    for task, parts in ahead(lambda task: _prepare(embedder, task, skip_broken), tasks()):
+        for p in parts:
+            for fault in p.faults:
+                warnings.warn(f"left out: {fault}")
+            if p.kept:
+                states = shortened(embedder.read_out(p.batch, task.kind), truncate_dim=truncate_dim).cpu().numpy().astype(DTYPES[dtype])
+                if (lost := next((number for state, number in zip(states, p.kept) if not np.isfinite(state).all()), None)) is not None:
+                    raise InputError(f"{task.rows[lost].id}: its embedding ({task.kind}) is NaN or infinite; look at the model's weights and its processor_config.json, or compute in float32")
+                found |= {row: state for state, number in zip(states, p.kept) for row in task.of[number]}
+        done += sum(map(len, task.of))
+        bar.update(sum(map(len, task.of)))
+        if done == len(rows_in[task.shard]):
+            rows = rows_in.pop(task.shard)
             if found:
-                yield p.task.shard, _table([rows[n] for n in sorted(found)], np.stack([found[n] for n in sorted(found)]))
+                yield task.shard, _table([rows[n] for n in sorted(found)], np.stack([found[n] for n in sorted(found)]))
             found, done = {}, 0
 
 # %% ../nbs/12b_vectors.ipynb #617156b4
@@ -276,13 +281,13 @@ def _join(shards: list[Path], out: Path, dimensions: int, dtype: str) -> None:
     names = [f.name for f in _schema(1, dtype) if rows == out or f.name != "embedding"]
     with write_beside(rows) as part, pq.ParquetWriter(part, pa.schema([_schema(dimensions, dtype).field(n) for n in names]), use_dictionary=["kind"], write_page_checksum=True) as writer:
         for shard in shards:
-            writer.write_table(pq.read_table(shard, columns=names).replace_schema_metadata())
+            writer.write_table(pq.read_table(shard, columns=names, page_checksum_verification=True).replace_schema_metadata())
     if rows != out:
         shape = (sum(pq.read_metadata(s).num_rows for s in shards), dimensions)
         with write_beside(out) as part, open(part, "wb") as file:  # not mapped: a full disk would end the process without a word
             np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(np.dtype(DTYPES[dtype])), "fortran_order": False, "shape": shape})
             for shard in shards:
-                file.write(_matrix(pq.read_table(shard, columns=["embedding"])["embedding"]).tobytes())
+                file.write(_matrix(pq.read_table(shard, columns=["embedding"], page_checksum_verification=True)["embedding"]).tobytes())
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -345,17 +350,23 @@ def _embed(embedder: Encodes, records: Dataset, shards: list[str], card: dict, o
 
 
 def _is_of(shard: Path, of: list[str]) -> bool:
-    "Whether a shard is whole, and of its records and pictures."
+    "Whether a shard is whole, every page of it, and of its records and pictures."
     try:
-        return pq.read_schema(shard).metadata[b"of"] == of[int(shard.stem)].encode()
-    except (OSError, IndexError, KeyError, TypeError, pa.ArrowException):  # one too many, not ours, torn
+        with pq.ParquetFile(shard, page_checksum_verification=True) as opened:
+            mine = opened.schema_arrow.metadata[b"of"] == of[int(shard.stem)].encode()
+            return mine and all(opened.read_row_group(group) is not None for group in range(opened.num_row_groups))
+    except (OSError, IndexError, KeyError, TypeError, ValueError, pa.ArrowException):  # one too many, not ours, torn
         return False
 
 
 def _is_whole(out: Path, of: list[str]) -> bool:
-    "Whether what is finished is still all there, and in a folder every shard in its place."
+    "Whether what is finished is still all there and as it was written, and in a folder every shard in its place."
     try:
-        return all(_is_of(file, of) for file, _ in Vectors(out).pieces) if out.is_dir() else len(Vectors(out)) > 0
+        vectors = Vectors(out)
+        if out.is_dir():
+            return all(_is_of(file, of) for file, _ in vectors.pieces)
+        rows = sum(len(vectors._read(piece, vectors.columns)) for piece in range(len(vectors.pieces)))
+        return rows == len(vectors) > 0 and (not vectors.is_matrix or vectors.card.get("matrix") in (None, sha256(out)))
     except InputError:
         return False
 
@@ -390,6 +401,7 @@ def _finish(card: dict, folder: Path, out: Path) -> dict:
     card |= {"dimensions": dimensions, "images": kinds["image"], "texts": kinds["text"], "left_out": card["rows"] - kinds.total(), "complete": True}
     if out != folder:
         _join(shards, out, dimensions, card["dtype"])
+        card |= {"matrix": sha256(out)} if out.suffix == FILES[1] else {}
     write_text(_card_of(out), json.dumps(card, indent=1) + "\n")
     return _tidied(card, folder, out)
 
@@ -426,6 +438,7 @@ class Vectors:
             self.matrix = np.load(self.path, mmap_mode="r") if self.is_matrix else None
             whole = len(self) == self.card["images"] + self.card["texts"] and (not self.is_matrix or self.matrix.shape == (len(self), self.card["dimensions"]))
             columns = [field for field in _schema(self.card["dimensions"], self.card["dtype"]) if not self.is_matrix or field.name != "embedding"]
+            self.columns = [field.name for field in columns]
             whole = whole and all(found.schema.to_arrow_schema().equals(pa.schema(columns)) for _, found in described)
         except (OSError, ValueError, pa.ArrowException):  # what numpy and pyarrow make of damaged files
             whole = False
@@ -546,8 +559,12 @@ def search(
             states = encode([query for query, c in zip(queries, chosen) if c], truncate_dim=card["truncate_dim"])
             if states.shape[1] != card["dimensions"]:
                 raise InputError(f"{index}: has {card['dimensions']} dimensions, its model {states.shape[1]}; embed again")
+            if not states.isfinite().all():
+                raise InputError(f"{index}: the embedding of a query is NaN or infinite; look at the weights of {folder} and its processor_config.json")
             asked[chosen] = states
     scores, numbers = nearest_faiss(asked, vectors, kind, top) if engine == "faiss" else nearest(asked, vectors.blocks(kind), top)
+    if scores[numbers >= 0].isnan().any():
+        raise InputError(f"{index}: holds vectors that are NaN; remove it and embed again")
     hits = [(str(query), rank, round(score, 4), number) for query, *line in zip(queries, scores.tolist(), numbers.tolist()) for rank, (score, number) in enumerate(zip(*line), 1) if number >= 0]
     rows = vectors.rows(number for *_, number in hits)
     found = [{"query": query, "rank": rank, "score": score, **row} for (query, rank, score, _), row in zip(hits, rows)]

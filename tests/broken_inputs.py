@@ -140,6 +140,7 @@ MINE = {"image": "a.png", "captions": ["a star"]}
 FOLDERS = [Case(f"folder: {what}", "folder", make, says) for make, says, what in (
     (put("a.png", PNG), "captions.jsonl: no such file", "no captions.jsonl"),
     (put("captions.jsonl", ""), "no records", "an empty captions.jsonl"),
+    (captions({"image": "a.png", "captions": ["a star"], **{f"field {i}": i for i in range(2000)}}), "line 1: has 2,002 fields", "a record of two thousand fields"),
     (captions(MINE, MINE | {"image": "b.png"}), "line 2: image 'b.png' does not exist", "a picture that is not there"),
     (captions(MINE, MINE | {"captions": []}), "line 2: field 'captions'", "no caption"),
     (captions(MINE, MINE | {"captions": ["\ud800"]}), "line 2: a text holds half a character", "half a character"),
@@ -181,6 +182,12 @@ def pax(size: int, name: bytes = b"x") -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
+def back_by(size: int) -> bytes:
+    "A tar whose second member states a size below zero, in pax fields."
+    fields = f"{len(str(size)) + 10} size=-{size}\n".encode()
+    return tar_of(("0.txt", b"a star"))[:1024] + pax(len(fields)) + fields.ljust(512, b"\0") + tar_of(("a.txt", b""))
+
+
 PLAIN = tar_of(("0.png", PNG), ("0.txt", b"a star"))
 TARS = [file_case("records", "x.tar", content, says, what) for content, says, what in (
     (PLAIN[:700], "not a whole, plain tar", "a tar cut in the middle"),
@@ -203,6 +210,10 @@ TARS = [file_case("records", "x.tar", content, says, what) for content, says, wh
     (tar_of(("0.png", PNG), ("0.txt", b"\xff")), "0.txt: not UTF-8", "a caption that is no text in a tar"),
     (tar_of(("0.png", PNG), ("0.txt", b"x" * LARGE)), "0.txt: has 16,777,217 bytes; is this a text", "a caption of 16 megabytes in a tar"),
     (tar_of(("\udcff.png", PNG)), "half a character", "a name that is no text in a tar"),
+    (back_by(1536), "leads back to what came before it", "pax fields that lead back to themselves"),
+    (back_by(2560), "leads back to what came before it", "pax fields that lead back to the first member"),
+    (back_by(4096), "x.tar", "pax fields that lead before the start"),
+    (pax(2**17) + b"1" * 2**17 + PLAIN, "states a size of 131,072", "a megabit of digits as pax fields"),
     (tar_of(), "holds no records", "an empty tar"),
 )]
 
@@ -226,6 +237,7 @@ PARQUETS = [file_case("records", "x.parquet", content, says, what) for content, 
     (parquet(pa.table({"image": [PNG], "caption": [3]})), "'caption' must be a text", "numbers for captions in a parquet"),
     (parquet(pa.table({"image": [PNG], "caption": NOT_TEXT})), "not a readable parquet", "captions that are no text in a parquet"),
     (parquet(pa.table({"image": ["../a.png"], "caption": ["a star"]})), "row 1: picture '../a.png' lies outside", "a name in a parquet that climbs"),
+    (parquet(pa.table({"image": ["0.png"] * 1500, "caption": ["a star"] * 1500, "la.bel": pa.DictionaryArray.from_arrays(pa.array(np.zeros(1500, np.int32)), pa.array(["x" * 2**25]))})), "bytes of text", "a column with a dot in its name that repeats 32 megabytes"),
     (parquet(pa.table({"image": REPEATED, "caption": REPEATED})), "claims 1,000,000 rows, more than it has bytes", "a million rows in a few kilobytes"),
 )]
 

@@ -3,6 +3,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -26,7 +27,7 @@ from PIL import Image
 from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
-from lvlm_research.embedder import DiscriminativeLVLM, ahead, open_image
+from lvlm_research.embedder import DiscriminativeLVLM, Encodes, ahead, open_image
 from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
@@ -409,7 +410,15 @@ def test_what_is_finished_is_not_made_again(scenes, tmp_path):
     assert read(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:900]), lambda f: shutil.copy(f.with_name("00000.parquet"), f)], ids=["gone", "torn", "another's"])
+def flip(file: Path, share: float) -> None:
+    "Change one byte."
+    content = bytearray(file.read_bytes())
+    content[int(share * len(content))] ^= 64
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:900]), lambda f: shutil.copy(f.with_name("00000.parquet"), f), lambda f: flip(f, 0.5), lambda f: flip(f, 0.01)],
+                         ids=["gone", "torn", "another's", "a byte of a vector", "a byte of a page's header"])
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_shard_that_is_not_what_it_should_be_is_made_again_and_no_other(damage, complete, scenes, tmp_path):
     data, place = as_folder(tmp_path / "data", scenes[:8]), tmp_path / "x"
@@ -420,6 +429,46 @@ def test_a_shard_that_is_not_what_it_should_be_is_made_again_and_no_other(damage
     embed_data(CLIP, data, place, shard=2)
     assert read(place) == whole and len(Vectors(place)) == 24
     assert [name for name in times if (place / name).stat().st_mtime_ns != times[name]] == ["00001.parquet"]
+
+
+@pytest.mark.parametrize("out", ["x.parquet", "x.npy"])
+def test_a_file_of_which_a_byte_was_changed_is_made_again(out, scenes, tmp_path):
+    data, place = as_folder(tmp_path / "data", scenes[:8]), tmp_path / out
+    embed_data(CLIP, data, place)
+    whole = read(tmp_path)
+    for share in (0.3, 0.6):
+        flip(place, share)
+        embed_data(CLIP, data, place)
+        assert read(tmp_path) == whole
+
+
+def test_vectors_that_are_no_numbers_are_refused(scenes, tmp_path):
+    data, model = as_folder(tmp_path / "data", scenes[:4]), shutil.copytree(CLIP, tmp_path / "clip")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (model / name).is_file():
+            settings = json.loads((model / name).read_text())
+            settings.get("image_processor", settings)["image_mean"] = [math.nan] * 3
+            (model / name).write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="0.png: its embedding .image. is NaN or infinite"):
+        embed_data(model, data, tmp_path / "y")
+    embed_data(model, data, tmp_path / "x", kind="text")
+    with pytest.raises(InputError, match="a query is NaN or infinite"):
+        search(tmp_path / "x", [str(data / "0.png")])
+
+
+def test_pictures_are_decoded_as_many_at_a_time_as_memory_allows(scenes, tmp_path, monkeypatch):
+    "64 files of a few kilobytes may hold as many pixels as a disk has bytes."
+    data, pictures = as_folder(tmp_path / "data", scenes[:9]), [picture for picture, _ in scenes[:9]]
+    lvlm, together = load_embedder(ADAPTER), []
+    expected = lvlm.encode_image(pictures)
+    embed_data(ADAPTER, data, tmp_path / "x")
+    monkeypatch.setattr("lvlm_research.embedder.PIXELS", 3 * pictures[0].shape[0] * pictures[0].shape[1])
+    laid_out = Encodes.laid_out
+    monkeypatch.setattr(Encodes, "laid_out", lambda self, found, names: together.append(len(found)) or laid_out(self, found, names))
+    assert torch.allclose(lvlm.encode_image(pictures), expected, atol=1e-5)
+    embed_data(ADAPTER, data, tmp_path / "y")
+    assert together == [3, 3, 3] * 2
+    assert torch.allclose(*(vectors_of(pq.read_table(tmp_path / place / "00000.parquet"), "image") for place in "xy"), atol=1e-5)
 
 
 @pytest.mark.parametrize("out", ["x", "x.parquet", "x.npy"])
