@@ -13,6 +13,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+from . import __version__
 from .config import InputError, exclusive, no_room, profile_of, root, set_threads, visible, write_beside
 
 # %% auto #0
@@ -171,11 +172,13 @@ def _suite(args: argparse.Namespace) -> list:
 def run_train(args: argparse.Namespace) -> None:
     "Fine-tune as a config file says."
     from lvlm_research.finetuning import fine_tune, read_fine_tuning
+    from lvlm_research.fitting import is_first
 
     config = read_fine_tuning(args.config)
     set_threads()
     fine_tune(config, progress=sys.stderr.isatty())
-    print(f"adapter -> {config.output}")
+    if is_first():
+        print(f"adapter -> {config.output}")
 
 # %% ../nbs/16_cli.ipynb #42327823
 def _writable(out: str) -> None:
@@ -265,6 +268,7 @@ def run_verify(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     "The command line."
     top = argparse.ArgumentParser(prog="lvlm-research", description="Discriminative fine-tuning of vision-language models: notebooks, figures, tables, embeddings.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run, help: str) -> argparse.ArgumentParser:
@@ -365,14 +369,20 @@ def _model_and_data(sub: argparse.ArgumentParser, help: str, model_required: boo
 
 
 def main(argv: list[str] | None = None) -> int:
-    "Entry point: 0, or 2 with one line on stderr; 1 where a comparison that was asked for finds a difference; 130 after Ctrl-C."
+    "Entry point: 0, or 2 with one line on stderr; 1 where a comparison that was asked for finds a difference; 130 after Ctrl-C, 141 when nobody reads on."
     args = parser().parse_args(argv)
     say = lambda message: print(f"lvlm-research: {' '.join(str(message).split())}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata are no news to somebody who wants the pixels
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # between Lightning and torch
         warnings.showwarning = lambda message, *_, **__: say(message)
         try:
-            return args.run(args) or 0
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # as of `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor what is flushed at the end
+            return 141
         except InputError as error:
             say(error)
         except KeyboardInterrupt:

@@ -10,7 +10,6 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -26,11 +25,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'GIVEN_MODELS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'PACKAGES', 'Profile',
-           'visible', 'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value', 'json_object',
-           'read_json', 'read_object', 'profile_of', 'find_root', 'root', 'find_model', 'write_beside', 'clear_parts',
-           'write_text', 'sha256', 'write_card', 'check_card', 'check_space', 'no_room', 'exclusive',
-           'temporary_folder', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'needs', 'method_of']
+__all__ = ['MODEL_SIZES', 'LARGER', 'PRECISIONS', 'GIVEN_MODELS', 'PROFILES', 'LONGEST', 'WHOLE', 'DEPTH', 'MOST', 'PACKAGES',
+           'Profile', 'visible', 'InputError', 'check_file', 'utf8', 'read_text', 'check_json', 'json_value',
+           'json_object', 'read_json', 'read_object', 'profile_of', 'is_positive', 'find_root', 'root', 'find_model',
+           'write_beside', 'clear_parts', 'write_text', 'sha256', 'write_card', 'check_card', 'check_space', 'no_room',
+           'exclusive', 'temporary_folder', 'git_revision', 'run_identity', 'available_cores', 'set_threads', 'needs',
+           'method_of']
 
 # %% ../nbs/00_config.ipynb #5549a8e6
 MODEL_SIZES = ("micro", "mini", "small", "medium", "checkpoint")  # of models; notebook 05 says what they are
@@ -257,6 +257,14 @@ def _fault_of_sources(profile: Profile) -> str | None:
     return f"{lacks[0]}: needs {lacks[1]!r}" if lacks else None
 
 
+MOST = 2**31  # no number of a config file counts or weighs more
+
+
+def is_positive(value: object, kind: type, may_be_zero: bool = False) -> bool:
+    "Whether an entry of a config file is a positive number of this kind, or 0 where it may be."
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < MOST or value == 0 and may_be_zero)
+
+
 def _fault(base: Profile, key: str, value: object) -> str | None:
     "What is wrong with one entry of a profile file; None if nothing is."
     keys = [f.name for f in fields(Profile) if f.name != "name"]
@@ -269,8 +277,8 @@ def _fault(base: Profile, key: str, value: object) -> str | None:
         allowed = {"size": MODEL_SIZES, "precision": PRECISIONS}[key]
         return None if value in allowed else f"{key!r} must be one of {', '.join(allowed)}, not {value!r}"
     may_be_zero = key == "cache_rows"
-    positive = isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < math.inf or value == 0 and may_be_zero)
-    return None if positive else f"{key!r} must be {'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'}, not {value!r}"
+    what = f"{'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'} below {MOST:,}"
+    return None if is_positive(value, kind, may_be_zero) else f"{key!r} must be {what}, not {value!r:.40}"
 
 
 def _fault_of_names(key: str, value: object) -> str | None:

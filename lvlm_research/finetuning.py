@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from .budget import Needs, free_memory, naming_what_fits, needs, too_large
-from .config import PRECISIONS, InputError, exclusive, find_model, find_root, read_object, write_card
+from .config import MOST, PRECISIONS, InputError, exclusive, find_model, find_root, is_positive, read_object, write_card
 from .costs import CostMeter, cost_line, save_cost
 from .datasets import joint_batches, only_split, scene_pairs, text_batches
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, base_of, loading
@@ -83,9 +83,8 @@ def _fault(key: str, value: object) -> str | None:
         if not isinstance(value, str) or key in (*REQUIRED, "image_prompt", "text_prompt") and not value.strip():
             return f"{key!r} must be a text, not {value!r}"
         return f"{key!r} is {value!r}; {_nearest(value, _CHOICES[key], 'values')}" if key in _CHOICES and value not in _CHOICES[key] else None
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < math.inf or value == 0 and key in _MAY_BE_ZERO)
-    if not number or key == "dropout" and value >= 1:
-        return f"{key!r} must be {'0 or ' if key in _MAY_BE_ZERO else ''}a positive {'number' if kind is float else 'whole number'}{' below 1' if key == 'dropout' else ''}, not {value!r}"
+    if not is_positive(value, kind, key in _MAY_BE_ZERO) or key == "dropout" and value >= 1:
+        return f"{key!r} must be {'0 or ' if key in _MAY_BE_ZERO else ''}a positive {'number' if kind is float else 'whole number'} below {1 if key == 'dropout' else MOST:,}, not {value!r:.40}"
     return None
 
 
@@ -132,10 +131,14 @@ def batches(config: FineTuning, embedder: DiscriminativeLVLM) -> tuple[Callable[
     return joint_batches(templates, pairs, variant.ar_weight > 0, variant.contrast_long), report
 
 
-def summary(config: FineTuning, module: FitModule) -> str:
-    "One line: what is trained, for how long."
+def summary(config: FineTuning, module: FitModule, report: DataReport | None = None) -> str:
+    "What is trained, for how long, and whether the data or the batch are too small for what was asked."
     total = sum(p.numel() for p in module.embedder.parameters())
-    return f"{config.variant}: {trainable_parameters(module.embedder):,} of {total:,} parameters are trained; {config.steps} steps of {config.batch} pairs, learning rate {config.lr:g}"
+    usable = report.with_short + report.with_long - report.with_both if report else config.batch
+    pairs = min(config.batch, usable)
+    few = f" (no more records can be used, 'batch' is {config.batch})" if pairs < config.batch else ""
+    alone = "; one pair has nothing to be contrasted with: give a larger 'batch'" if pairs == 1 else ""
+    return f"{config.variant}: {trainable_parameters(module.embedder):,} of {total:,} parameters are trained; {config.steps} steps of {pairs} pairs{few}, learning rate {config.lr:g}{alone}"
 
 
 def save_trained(config: FineTuning, module: FitModule, cost: dict | None = None) -> Path:
@@ -210,7 +213,7 @@ def fine_tune(config: FineTuning, progress: bool = False, callbacks: list[L.Call
     module = begin(config)
     draw, report = batches(config, module.embedder)
     if is_first():
-        print(*filter(None, (report, summary(config, module))), sep="\n")
+        print(*filter(None, (report, summary(config, module, report))), sep="\n")
     embedder, meter, layers = module.embedder, CostMeter(), _layers(config, module)
     need, free = _memory(config, module, draw, layers)
     if is_first() and need and (line := too_large(need, free, config.cache_rows)):

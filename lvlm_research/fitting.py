@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import os
+import signal
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -200,17 +201,20 @@ class KeepState(L.Callback):
         self.last, self.step = file, 0  # the last good state, and the step that it is of
 
     def find(self) -> int:
-        "The step to go on from, that of the newest good state of this training; 0 if there is none. Says what is damaged."
-        damaged = []
+        "The step to go on from, that of the newest good state of this training; 0 if there is none. Says what is damaged, or of another training."
+        useless = []
         for file in (self.file, self.before):
             try:
-                if step := _step_of(file, self.owner):
+                step, owner = _step_of(file)
+                if step and owner == self.owner:
                     self.last, self.step = file, step
                     break
+                if step:
+                    useless.append(f"{file}: holds step {step} of another training (settings, data, base or code have changed)")
             except Exception as error:  # whatever torch makes of a torn file
-                damaged.append(f"{file}: not a state to go on from ({type(error).__name__})")
-        if damaged and is_first():
-            print(*damaged, f"going on from the state before, {self.last}" if self.step else "training starts anew", sep="; ")
+                useless.append(f"{file}: not a state to go on from ({type(error).__name__})")
+        if useless and is_first():
+            print(*useless, f"going on from the state before, {self.last}" if self.step else "training starts anew", sep="; ")
         return self.step
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
@@ -265,15 +269,17 @@ def _owner(module: FitModule, draw: Callable[[int], object], *settings) -> str:
     return _digest([type(module).__name__, module.hparams, settings, os.environ.get("LVLM_FINGERPRINT"), numbers, names, trained, in_threads(_digest, weights), draw(0)]).hex()
 
 
-def _step_of(file: Path, owner: str) -> int:
-    "The step that a kept state is from; 0 if there is none, or it is of another training. Any error if it is damaged."
+def _step_of(file: Path) -> tuple[int, str]:
+    "The step that a kept state is from, 0 if there is none, and the training that it is of. Any error if it is damaged."
     if not file.is_file():
-        return 0
+        return 0, ""
     with zipfile.ZipFile(file) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("is compressed, as torch does not write it")
         if torn := archive.testzip():
             raise zipfile.BadZipFile(f"{torn} has another check sum")
     kept = torch.load(file, weights_only=True, map_location="cpu")
-    return kept["global_step"] if kept["owner"] == owner else 0
+    return kept["global_step"], kept["owner"]
 
 # %% ../nbs/05a_fitting.ipynb #0175a70d
 EXPLODED = 1000.0  # times the first loss, or times 1 if that was smaller
@@ -359,6 +365,12 @@ def fit(
     module.train().started = time.perf_counter()
     module.spread = spread or []
     with thread:  # which ends with the training
-        trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
+        try:
+            trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl-C from the first on, and ends the process
+            raise KeyboardInterrupt from None
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import InputError, check_card, profile_of, read_object, root, sha256, write_text
-from .reproduce import RESULTS_VERSION, stages
+from .reproduce import RESULTS_VERSION, seal, stages
 from .tables import readme_table
 
 # %% auto #0
@@ -89,6 +89,7 @@ def publish(results: Path, profile: str) -> Path:
         for file in sorted(results.glob(pattern)):
             (target / file.relative_to(results)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(results))
+    seal(target)
     if profile == "cpu":
         for name in ADAPTERS:
             _publish_adapter(results / "models" / name, root() / "data/checkpoints" / f"{name}-micro")

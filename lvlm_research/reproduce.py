@@ -705,7 +705,10 @@ def files_of(folder: Path) -> list[str]:
 
 def seal(folder: Path) -> Path:
     "Write the hashes of all that lies in a finished results folder: what stages wrote, and logs, statuses and what notebooks outside the graph have left."
-    return write_text(folder / SEAL, "".join(f"{sha256(folder / name)}  {name}\n" for name in files_of(folder)))
+    names = files_of(folder)
+    if strange := [name for name in names if "\n" in name or "\r" in name or any("\ud800" <= letter <= "\udfff" for letter in name)]:
+        raise InputError(f"{folder}: the name of {strange[0]!r} cannot stand in {SEAL}; rename or remove this file, then `lvlm-research stage report`")
+    return write_text(folder / SEAL, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 
 # %% ../nbs/15_reproduce.ipynb #57165907

@@ -29,7 +29,7 @@ from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, set_threads
 from lvlm_research.embedder import DiscriminativeLVLM, Encodes, ahead, open_image
 from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
-from lvlm_research.finetuning import fine_tune, read_fine_tuning
+from lvlm_research.finetuning import FineTuning, fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
 from lvlm_research.zoo import micro_family
@@ -737,10 +737,13 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights(scenes, tmp_path, capsy
     ({"step": 3}, "config.json: unknown key 'step'; did you mean 'steps'"),
     ({"learning_rate": 1e-3}, "unknown key 'learning_rate'.*lr"),
     ({"variant": "vladav"}, "did you mean 'vladva'"),
-    ({"lr": "1e-3"}, "'lr' must be a positive number, not '1e-3'"),
+    ({"lr": "1e-3"}, "'lr' must be a positive number below .*, not '1e-3'"),
     ({"steps": 2.5}, "'steps' must be a positive whole number"),
     ({"seed": -1}, "'seed' must be 0 or a positive whole number"),
     ({"batch": True}, "'batch' must be a positive whole number"),
+    ({"batch": 10**30}, "'batch' must be a positive whole number below 2,147,483,648, not 1000"),
+    ({"lr": 1e300}, "'lr' must be a positive number below"),
+    ({"dropout": 1}, "'dropout' must be 0 or a positive number below 1, not 1"),
     ({"data": "none"}, "none: no such file or folder"),
     ({"model": "none"}, "'none' does not exist"),
     ({"model": str(CLIP)}, "clip is not a model that can embed pictures"),
@@ -755,6 +758,13 @@ def test_a_wrong_config_is_refused_before_anything_is_written(change, says, scen
     with pytest.raises(InputError, match=says) as error:
         fine_tune(read_fine_tuning(tmp_path / "config.json"))
     assert "\n" not in str(error.value) and read(tmp_path) == before
+
+
+def test_more_pairs_than_there_are_records_is_said(scenes, tmp_path, capsys):
+    as_folder(tmp_path / "data", scenes[:3])
+    for number, (batch, says) in enumerate(((9, "1 steps of 3 pairs (no more records can be used, 'batch' is 9)"), (1, "one pair has nothing to be contrasted with"))):
+        fine_tune(FineTuning(str(CHECKPOINTS / "llava-micro"), str(tmp_path / str(number)), str(tmp_path / "data"), variant="soft", steps=1, batch=batch))
+        assert says in capsys.readouterr().out
 
 
 # Real photographs

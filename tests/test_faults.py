@@ -267,11 +267,33 @@ def test_a_killed_run_leaves_no_process_and_update_goes_on(tmp_path):
 
 
 @pytest.mark.skipif(not has_snakemake() or not copies_kernels(), reason="kernels are not copied here")
+def interruptible() -> None:
+    "A shell ignores Ctrl-C for what it runs in the background."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_ends_a_training_in_one_line_and_other_settings_do_not_go_on_from_it(data, tmp_path):
+    file, state = tmp_path / "mine.json", tmp_path / "out/unfinished/state.ckpt"
+    config = {"model": str(CHECKPOINTS / "llava-micro"), "data": str(data), "output": "out", "variant": "soft", "steps": 500, "batch": 4, "keep_seconds": 0.001}
+    file.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "lvlm_research.cli", "train", "--config", str(file)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
+        while not state.is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130 and [line.partition(":")[0] for line in said.splitlines()] == ["lvlm-research"] and "interrupted" in said, said
+    file.write_text(json.dumps(config | {"steps": 2, "lr": 1e-3}))
+    result = run("train", "--config", str(file))
+    assert result.returncode == 0 and "of another training (settings, data, base or code have changed)" in result.stdout and "training starts anew" in result.stdout, result.stdout + result.stderr
+
+
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
     folder = (tmp_path / "results").resolve()
     command = [sys.executable, "-m", "lvlm_research.cli", "update", "--profile", "smoke", "--results", str(folder), "--cores", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # a shell ignores Ctrl-C for what it runs in the background
+                          preexec_fn=interruptible) as process:
         deadline = time.monotonic() + 300
         while "copy" not in (found := victims(folder)) or found["copy"].cpu_times().user < 0.8:
             assert process.poll() is None and time.monotonic() < deadline
