@@ -386,11 +386,11 @@ class Encodes:
         "`prepared` pictures; InputError names the one that the model's processor refuses."
         try:
             return self.prepared(pictures, "image")
-        except ValueError:
+        except Exception:  # transformers, PIL and numpy refuse a size in many ways
             for picture, name in zip(pictures, names):
                 try:
                     self.prepared([picture], "image")
-                except ValueError as error:
+                except Exception as error:
                     raise InputError(f"{name}: this model cannot read a picture of {picture.width} x {picture.height} pixels ({' '.join(str(error).split())[:120]})") from None
             raise
 

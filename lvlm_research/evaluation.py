@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, sha256, write_beside, write_text
 from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened
-from .families import check_complete, check_finite, check_weights, read_config
+from .families import check_complete, check_finite, check_pictures, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
 from .public_benchmarks import YesNo, text_only_scores
@@ -63,7 +63,9 @@ class ClipEmbedder(Encodes):
             model, found = AutoModel.from_pretrained(folder, config=read_config(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             check_complete(found, folder)
             check_finite(model.state_dict(), folder)
-            return cls(model, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
+            processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            check_pictures(processor, model.config, folder)
+            return cls(model, processor)
 
     def prepared(self, items: list, modality: str) -> dict[str, torch.Tensor]:
         "Pixels of opened pictures, or token ids of captions, on the model's device."

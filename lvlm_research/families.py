@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModelForImageTextToText, Idefics3Processor, LlavaNextProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers import __version__ as transformers_version
@@ -28,9 +30,9 @@ from .backbones import quiet_loading
 from .config import InputError, find_model, read_object
 
 # %% auto #0
-__all__ = ['SAME_FOR_PICTURES', 'PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'load_processor',
-           'read_config', 'check_weights', 'check_kind', 'check_structure', 'skeleton', 'check_finite',
-           'check_complete', 'check_headers', 'load_lvlm']
+__all__ = ['SAME_FOR_PICTURES', 'PLAIN_TEMPLATES', 'TESTED_FAMILIES', 'PixtralPictures', 'picture_processor', 'check_pictures',
+           'load_processor', 'read_config', 'check_weights', 'check_kind', 'check_structure', 'skeleton',
+           'check_finite', 'check_complete', 'check_headers', 'load_lvlm']
 
 # %% ../nbs/05b_families.ipynb #78823a38
 class PixtralPictures(ProcessorMixin):
@@ -85,8 +87,34 @@ def _named_processor(folder: Path, config: PreTrainedConfig) -> str:
     return PROCESSOR_MAPPING_NAMES[config.model_type]
 
 
+_SIDE, _PIXELS = 2**14, 2**28  # that a processor may scale a picture to; Qwen2-VL's counts pixels
+_OF_ONE_SIZE = ("clip", "metaclip_2", "siglip", "llava", "paligemma")  # whose tower reads no other size than its config says
+
+
+def check_pictures(processor: ProcessorMixin, config: PreTrainedConfig, folder: Path) -> None:
+    "InputError unless the processor of a folder makes a picture of a size that its tower reads, and of numbers."
+    refused = lambda cause: InputError(f"{folder}: not a model that can embed: its processor {cause}; correct processor_config.json, or fetch it again")
+    pictures = processor.image_processor
+    said = pictures.to_dict()
+    for field in ("size", "crop_size"):
+        for name, value in said[field].items() if isinstance(said.get(field), dict) else ():
+            most = _PIXELS if hasattr(pictures, "merge_size") and name.endswith("edge") else _SIDE
+            if value is not None and not (type(value) is int and 0 < value <= most):
+                raise refused(f"has {value!r:.40} for {name} of {field}, not a number of pixels up to {most:,}")
+    try:
+        with np.errstate(all="ignore"):  # a deviation of zero is said below
+            pixels = torch.as_tensor(pictures([Image.new("RGB", (64, 64), "gray")], return_tensors="pt")["pixel_values"])
+    except Exception as error:  # whatever transformers, PIL and numpy make of wrong settings
+        raise refused(f"cannot read a picture ({' '.join(str(error).split())[:120]})") from None
+    if not pixels.isfinite().all():
+        raise refused("makes NaN or infinite pixels")
+    side = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if config.model_type in _OF_ONE_SIZE and pixels.ndim == 4 and isinstance(side, int) and pixels.shape[-2:] != (side, side):
+        raise refused(f"makes pictures of {' x '.join(map(str, pixels.shape[-2:]))} pixels, the model reads {side} x {side}")
+
+
 def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
-    "Processor of a model folder, with PIL in place of torchvision; InputError says what is missing."
+    "Processor of a model folder, with PIL in place of torchvision; InputError says what is missing or wrong."
     folder = Path(folder)
     try:
         processor = picture_processor(_named_processor(folder, config)).from_pretrained(folder, backend="pil", trust_remote_code=False)
@@ -101,6 +129,7 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         raise InputError(f"{folder}: has no chat template; put the one that the model was trained with into chat_template.jinja")
     if processor.tokenizer.pad_token is None and processor.tokenizer.eos_token is None:
         raise InputError(f"{folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json")
+    check_pictures(processor, config, folder)
     return processor
 
 # %% ../nbs/05b_families.ipynb #4581ebcc

@@ -366,6 +366,15 @@ def edit(name: str, **fields: object) -> Callable[[Path], None]:
     return make
 
 
+def pictures(**fields: object) -> Callable[[Path], None]:
+    "Settings of the processor of pictures."
+    def make(folder: Path) -> None:
+        file = folder / "processor_config.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"image_processor": values["image_processor"] | fields}))
+    return make
+
+
 def tensors(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         values = load_file(folder / name)
@@ -408,6 +417,14 @@ MODELS = [Case(f"model: {what}", "model", model(base, *changes), says) for base,
     ("llava-micro", [edit("processor_config.json", processor_class="NoProcessor")], "has no processor NoProcessor", "an unknown processor"),
     ("llava-micro", [put("chat_template.jinja", "{% for %}")], "not a model", "a broken chat template"),
     ("clip-micro", [put("processor_config.json", "{")], "not a model", "a broken processor of a CLIP"),
+    *((base, [pictures(**fields)], says, f"{what} of {base}") for base in ("clip-micro", "llava-micro") for fields, says, what in (
+        ({"size": {"height": 40_000, "width": 40_000}}, "not a number of pixels up to 16,384", "pictures of forty thousand pixels square"),
+        ({"size": {"height": 200, "width": 200}}, "makes pictures of 200 x 200 pixels", "pictures larger than the tower reads"),
+        ({"size": {"height": "x", "width": 60}}, "not a model", "a letter for a height"),
+        ({"rescale_factor": "a"}, "cannot read a picture", "a letter for a factor"),
+        ({"image_mean": [float("nan")] * 3}, "NaN or infinite pixels", "a mean that is no number"),
+        ({"image_std": [0, 0, 0]}, "NaN or infinite pixels", "a deviation of zero"),
+    )),
     ("clip-micro", [tensors(WEIGHTS, drop_first)], "its weights lack", "a tensor of a CLIP that is gone"),
     ("vladva-micro", [put("discriminative.json", "{")], "not valid JSON", "a broken adapter"),
     ("vladva-micro", [edit("discriminative.json", prompt=["a", "b"])], "field 'prompt'", "prompts of an adapter in a list"),

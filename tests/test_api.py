@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
@@ -444,11 +445,10 @@ def test_a_file_of_which_a_byte_was_changed_is_made_again(out, scenes, tmp_path)
 
 def test_vectors_that_are_no_numbers_are_refused(scenes, tmp_path):
     data, model = as_folder(tmp_path / "data", scenes[:4]), shutil.copytree(CLIP, tmp_path / "clip")
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (model / name).is_file():
-            settings = json.loads((model / name).read_text())
-            settings.get("image_processor", settings)["image_mean"] = [math.nan] * 3
-            (model / name).write_text(json.dumps(settings))
+    weights = load_file(model / "model.safetensors")
+    weights["visual_projection.weight"] = weights["visual_projection.weight"].sign() * torch.finfo(torch.float32).max  # which are numbers
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (model / "card.json").unlink()  # which names the weights of before
     with pytest.raises(InputError, match="0.png: its embedding .image. is NaN or infinite"):
         embed_data(model, data, tmp_path / "y")
     embed_data(model, data, tmp_path / "x", kind="text")
