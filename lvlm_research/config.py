@@ -257,12 +257,12 @@ def _fault_of_sources(profile: Profile) -> str | None:
     return f"{lacks[0]}: needs {lacks[1]!r}" if lacks else None
 
 
-MOST = 2**31  # no number of a config file counts or weighs more
+MOST = {int: 2**31, float: 10**12}  # below which the numbers of a config file are, but for seeds
 
 
-def is_positive(value: object, kind: type, may_be_zero: bool = False) -> bool:
-    "Whether an entry of a config file is a positive number of this kind, or 0 where it may be."
-    return isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < MOST or value == 0 and may_be_zero)
+def is_positive(value: object, kind: type, may_be_zero: bool = False, most: int | None = None) -> bool:
+    "Whether an entry of a config file is a positive number of this kind, or 0 where it may be, below `most` (None: as MOST says)."
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and (0 < value < (most or MOST[kind]) or value == 0 and may_be_zero)
 
 
 def _fault(base: Profile, key: str, value: object) -> str | None:
@@ -277,7 +277,7 @@ def _fault(base: Profile, key: str, value: object) -> str | None:
         allowed = {"size": MODEL_SIZES, "precision": PRECISIONS}[key]
         return None if value in allowed else f"{key!r} must be one of {', '.join(allowed)}, not {value!r}"
     may_be_zero = key == "cache_rows"
-    what = f"{'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'} below {MOST:,}"
+    what = f"{'0 or ' if may_be_zero else ''}a positive {'number' if kind is float else 'whole number'} below {MOST[kind]:,}"
     return None if is_positive(value, kind, may_be_zero) else f"{key!r} must be {what}, not {value!r:.40}"
 
 
@@ -490,8 +490,8 @@ def set_threads() -> int:
     "Pin the number of torch threads to LVLM_THREADS, else OMP_NUM_THREADS (which torchrun sets to 1), else the cores at hand: threads that spin on a busy machine cost up to 30 times."
     import torch
 
-    usual = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested loops
-    wanted = os.environ.get("LVLM_THREADS") or (usual if usual.isdigit() and int(usual) else str(available_cores()))
+    usual = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is for nested loops
+    wanted = os.environ.get("LVLM_THREADS") or (usual if usual.isdecimal() and int(usual) else str(available_cores()))
     if not wanted.isdigit() or int(wanted) < 1:
         raise InputError(f"LVLM_THREADS is {wanted!r}: give a number of threads, or unset it")
     torch.set_num_threads(int(wanted))

@@ -194,7 +194,7 @@ ALPHA = ("LA", "PA", "RGBA", "RGBa")  # PIL's modes
 SMALLEST_SIDE, LARGEST_ASPECT = 4, 200
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow; some of its others start programs (EPS starts Ghostscript)
 PICTURE = 2**28  # bytes of an undecoded picture
-PIXELS = 2**28  # of pictures that are decoded at a time
+PIXELS = 2**29  # of pictures that are decoded at a time: some forty of a telephone
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
@@ -386,6 +386,8 @@ class Encodes:
         "`prepared` pictures; InputError names the one that the model's processor refuses."
         try:
             return self.prepared(pictures, "image")
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # transformers, PIL and numpy refuse a size in many ways
             for picture, name in zip(pictures, names):
                 try:
@@ -411,10 +413,8 @@ class Encodes:
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
         alone = is_one_picture(images)
-        if not alone and not isinstance(images, Iterable):
-            raise InputError(f"nothing to embed: give a picture or a list of pictures, not {type(images).__name__}")
         check_batch_size(batch_size)
-        pictures, back = distinct([images] if alone else images)
+        pictures, back = distinct([images] if alone else _items(images, "picture"))
         named = [(picture, name_of(picture, place)) for picture, place in zip(pictures, np.unique(back, return_index=True)[1])]
         if not named:
             raise InputError("nothing to embed: the list is empty")
@@ -445,9 +445,7 @@ class Encodes:
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed captions: `(N, D)` float32 on the CPU, `(D,)` for one caption alone; InputError names the index of an empty one, a warning counts those that were cut."
         alone = isinstance(texts, str)
-        if not isinstance(texts, Iterable):
-            raise InputError(f"nothing to embed: give a text or a list of texts, not {type(texts).__name__}")
-        unique, back = np.unique(np.array(_words([texts] if alone else list(texts)), object), return_inverse=True)
+        unique, back = np.unique(np.array(_words([texts] if alone else list(_items(texts, "text"))), object), return_inverse=True)
         if cut := self.count_cut(unique.tolist()):
             warnings.warn(f"{cut} of {len(unique)} captions are longer than the model can read, and were cut to its context")
         encode = lambda batch: shortened(self.read_out(batch, "text"), normalize, truncate_dim)
@@ -458,6 +456,13 @@ class Encodes:
     def similarity(self, a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> torch.Tensor:
         "Cosines `(N, M)` of `(N, D)` and `(M, D)` embeddings, normalised or not; one embedding `(D,)` is a row."
         return _rows(a) @ _rows(b).T
+
+
+def _items(given: Iterable, what: str) -> Iterator:
+    try:
+        return iter(given)
+    except TypeError:
+        raise InputError(f"nothing to embed: give a {what} or a list of {what}s, not {type(given).__name__}") from None
 
 
 def _words(texts: list) -> list[str]:

@@ -87,8 +87,18 @@ def _named_processor(folder: Path, config: PreTrainedConfig) -> str:
     return PROCESSOR_MAPPING_NAMES[config.model_type]
 
 
-_SIDE, _PIXELS = 2**14, 2**28  # that a processor may scale a picture to; Qwen2-VL's counts pixels
-_OF_ONE_SIZE = ("clip", "metaclip_2", "siglip", "llava", "paligemma")  # whose tower reads no other size than its config says
+_SIDE = 2**12  # pixels that a processor may scale a picture to; some of the largest models have 2,304
+_MOST_OF_PICTURES = {"min_pixels": 2**20, "max_pixels": 2**25, "min_patches": 2**10, "max_patches": 2**10, "max_num_patches": 2**16, "temporal_patch_size": 16}  # settings of other units
+_OF_ONE_SIZE = ("clip", "metaclip_2", "siglip", "llava", "paligemma"), ("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model")  # models, with towers that read no other size than their config says
+
+
+def _settings(value: object, name: str) -> Iterator[tuple[str, object]]:
+    "(name, value) of a setting, or of all that it holds."
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else ((name, part) for part in value):
+            yield from _settings(part, key)
+    elif value is not None:
+        yield name, value
 
 
 def check_pictures(processor: ProcessorMixin, config: PreTrainedConfig, folder: Path) -> None:
@@ -96,20 +106,22 @@ def check_pictures(processor: ProcessorMixin, config: PreTrainedConfig, folder: 
     refused = lambda cause: InputError(f"{folder}: not a model that can embed: its processor {cause}; correct processor_config.json, or fetch it again")
     pictures = processor.image_processor
     said = pictures.to_dict()
-    for field in ("size", "crop_size"):
-        for name, value in said[field].items() if isinstance(said.get(field), dict) else ():
-            most = _PIXELS if hasattr(pictures, "merge_size") and name.endswith("edge") else _SIDE
-            if value is not None and not (type(value) is int and 0 < value <= most):
-                raise refused(f"has {value!r:.40} for {name} of {field}, not a number of pixels up to {most:,}")
+    areas = {"shortest_edge": _MOST_OF_PICTURES["min_pixels"], "longest_edge": _MOST_OF_PICTURES["max_pixels"]} if hasattr(pictures, "merge_size") else {}  # as Qwen2-VL means them
+    for field in ("size", "crop_size", "pad_size", "max_image_size", "image_grid_pinpoints", "patch_size", *_MOST_OF_PICTURES):
+        for name, value in _settings(said.get(field), field):
+            most = (_MOST_OF_PICTURES | areas).get(name, _SIDE)
+            if not (type(value) is int and 0 <= value <= most):
+                raise refused(f"has {value!r:.40} for {name}{f' of {field}' if name != field else ''}, not a number up to {most:,}")
     try:
         with np.errstate(all="ignore"):  # a deviation of zero is said below
-            pixels = torch.as_tensor(pictures([Image.new("RGB", (64, 64), "gray")], return_tensors="pt")["pixel_values"])
+            pixels = torch.as_tensor(pictures([Image.new("RGB", (64, 64), "gray")], return_tensors="pt")[pictures.model_input_names[0]])
     except Exception as error:  # whatever transformers, PIL and numpy make of wrong settings
         raise refused(f"cannot read a picture ({' '.join(str(error).split())[:120]})") from None
     if not pixels.isfinite().all():
         raise refused("makes NaN or infinite pixels")
-    side = getattr(getattr(config, "vision_config", None), "image_size", None)
-    if config.model_type in _OF_ONE_SIZE and pixels.ndim == 4 and isinstance(side, int) and pixels.shape[-2:] != (side, side):
+    tower = getattr(config, "vision_config", None)
+    side, models, towers = getattr(tower, "image_size", None), *_OF_ONE_SIZE
+    if config.model_type in models and tower.model_type in towers and pixels.ndim == 4 and isinstance(side, int) and pixels.shape[-2:] != (side, side):
         raise refused(f"makes pictures of {' x '.join(map(str, pixels.shape[-2:]))} pixels, the model reads {side} x {side}")
 
 

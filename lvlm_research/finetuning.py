@@ -83,8 +83,9 @@ def _fault(key: str, value: object) -> str | None:
         if not isinstance(value, str) or key in (*REQUIRED, "image_prompt", "text_prompt") and not value.strip():
             return f"{key!r} must be a text, not {value!r}"
         return f"{key!r} is {value!r}; {_nearest(value, _CHOICES[key], 'values')}" if key in _CHOICES and value not in _CHOICES[key] else None
-    if not is_positive(value, kind, key in _MAY_BE_ZERO) or key == "dropout" and value >= 1:
-        return f"{key!r} must be {'0 or ' if key in _MAY_BE_ZERO else ''}a positive {'number' if kind is float else 'whole number'} below {1 if key == 'dropout' else MOST:,}, not {value!r:.40}"
+    most = {"dropout": 1, "seed": 2**63}.get(key, MOST[kind])
+    if not is_positive(value, kind, key in _MAY_BE_ZERO, most):
+        return f"{key!r} must be {'0 or ' if key in _MAY_BE_ZERO else ''}a positive {'number' if kind is float else 'whole number'} below {most:,}, not {value!r:.40}"
     return None
 
 

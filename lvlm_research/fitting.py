@@ -365,12 +365,13 @@ def fit(
     module.train().started = time.perf_counter()
     module.spread = spread or []
     with thread:  # which ends with the training
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=kept.last if first else None, weights_only=True)
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl-C from the first on, and ends the process
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores Ctrl-C from the first on, and ends the process
             raise KeyboardInterrupt from None
     module.restore_random_states()  # of a training that had been finished, for what is trained next
     return module.eval().cpu()

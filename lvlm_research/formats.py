@@ -178,7 +178,7 @@ class _Member(tarfile.TarInfo):
         member = super().frombuf(buf, encoding, errors)
         is_name = member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if member.size < 0 or member.type == tarfile.GNUTYPE_SPARSE or (is_name and member.size > LONG_NAME):
-            raise tarfile.ReadError(f"member {member.name!r} states a size of {member.size:,} bytes, or is sparse")
+            raise tarfile.ReadError(f"member {member.name!r} states a size of {member.size:,} bytes{f', a name or fields may have {LONG_NAME:,}' if is_name else ''}, or is sparse")
         return member
 
 

@@ -232,7 +232,7 @@ def lean_states(
 @cache
 def keep_heap() -> None:
     "Have glibc serve blocks below 32 MiB from its heap and keep up to 64 MiB that are free, as it does once a block of that size was freed; for good, in this process."
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(

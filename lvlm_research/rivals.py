@@ -356,7 +356,7 @@ TASKS = {"joint": joint, "contrastive": contrastive, "own": own}
 
 
 def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **options) -> dict[str, torch.Tensor]:
-    "Loss and gradients of one step, in double precision: what is left of a difference is not rounding, which is another on every machine."
+    "Loss and gradients of one step, in double precision, but for the loss and the RMS norm: rounding, which is another on every machine, is not to be taken for a difference."
     step, trained = TASKS[task](arm, family, batch, double=True, **options)
     loss = step()
     loss.backward()

@@ -349,13 +349,19 @@ def _embed(embedder: Encodes, records: Dataset, shards: list[str], card: dict, o
         raise InputError(f"{out}: cannot be written any further ({error.strerror}); {len(_shards_in(folder))} shards are kept: free some space and embed again, which goes on from there") from error
 
 
+def _sum(table: pa.Table) -> bytes:
+    "A hash of all that a shard says."
+    digest = hashlib.sha256(_matrix(table["embedding"]).tobytes())
+    digest.update(json.dumps([[name, str(table[name].type), table[name].to_pylist() if name != "embedding" else None] for name in table.column_names]).encode())
+    return digest.hexdigest().encode()
+
+
 def _is_of(shard: Path, of: list[str]) -> bool:
-    "Whether a shard is whole, every page of it, and of its records and pictures."
+    "Whether a shard is as it was written, and of its records and pictures."
     try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as opened:
-            mine = opened.schema_arrow.metadata[b"of"] == of[int(shard.stem)].encode()
-            return mine and all(opened.read_row_group(group) is not None for group in range(opened.num_row_groups))
-    except (OSError, IndexError, KeyError, TypeError, ValueError, pa.ArrowException):  # one too many, not ours, torn
+        found = pq.read_table(shard, page_checksum_verification=True)
+        return found.schema.metadata[b"of"] == of[int(shard.stem)].encode() and found.schema.metadata[b"sum"] == _sum(found)
+    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError, pa.ArrowException):  # one too many, not ours, torn
         return False
 
 
@@ -386,7 +392,7 @@ def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict
                 check_space(folder, table.nbytes * (len(todo) + (len(of) if folder != out else 0)), "what is still to be embedded")  # and one file of all shards
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
-                pq.write_table(table.replace_schema_metadata({"of": of[number]}), part, row_group_size=len(table), use_dictionary=["kind"], write_page_checksum=True)
+                pq.write_table(table.replace_schema_metadata({"of": of[number], "sum": _sum(table)}), part, row_group_size=len(table), use_dictionary=["kind"], write_page_checksum=True)
 
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:

@@ -105,7 +105,7 @@ def read_seal(folder: Path) -> dict[str, str]:
     file, line = folder / SEAL, re.compile("([0-9a-f]{64})  (.+)\n")
     if not file.is_file():
         raise InputError(f"{file}: is missing; `lvlm-research stage report` seals the results as they are")
-    lines = read_text(file).splitlines(keepends=True)
+    lines = [f"{line}\n" for line in read_text(file).removesuffix("\n").split("\n")]  # not at the other ends of lines that Unicode knows
     sealed = {found[2]: found[1] for found in map(line.fullmatch, lines) if found}
     if not sealed or "".join(f"{sealed[name]}  {name}\n" for name in sorted(sealed)) != "".join(lines):
         raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; `lvlm-research stage report` writes it again")

@@ -418,7 +418,7 @@ MODELS = [Case(f"model: {what}", "model", model(base, *changes), says) for base,
     ("llava-micro", [put("chat_template.jinja", "{% for %}")], "not a model", "a broken chat template"),
     ("clip-micro", [put("processor_config.json", "{")], "not a model", "a broken processor of a CLIP"),
     *((base, [pictures(**fields)], says, f"{what} of {base}") for base in ("clip-micro", "llava-micro") for fields, says, what in (
-        ({"size": {"height": 40_000, "width": 40_000}}, "not a number of pixels up to 16,384", "pictures of forty thousand pixels square"),
+        ({"size": {"height": 40_000, "width": 40_000}}, "not a number up to 4,096", "pictures of forty thousand pixels square"),
         ({"size": {"height": 200, "width": 200}}, "makes pictures of 200 x 200 pixels", "pictures larger than the tower reads"),
         ({"size": {"height": "x", "width": 60}}, "not a model", "a letter for a height"),
         ({"rescale_factor": "a"}, "cannot read a picture", "a letter for a factor"),

@@ -22,7 +22,7 @@ from lvlm_research.datasets import joint_batches, scene_pairs
 from lvlm_research.doctor import describe
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import DUAL_ENCODERS, load_embedder
-from lvlm_research.families import TESTED_FAMILIES, _too_large, load_processor
+from lvlm_research.families import TESTED_FAMILIES, _too_large, check_pictures, load_processor
 from lvlm_research.fitting import fit
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.losses import info_nce
@@ -425,3 +425,9 @@ def test_a_step_that_moves_the_base_is_seen(tokenizer, tmp_path):
     lvlm = prepare(DiscriminativeLVLM.from_pretrained(save_micro("llava", tokenizer, tmp_path)), VARIANTS["vladva"])
     next(p for name, p in lvlm.named_parameters() if name.endswith("q_proj.base_layer.weight")).requires_grad_(True)
     assert not step_trains_the_adapter_alone(lvlm)
+
+
+def test_a_tower_that_reads_any_size_is_not_held_to_one(tokenizer):
+    model, processor = micro_family("pixtral", tokenizer)
+    model.config.vision_config.image_size = 112  # the most that it reads, not what a picture has
+    check_pictures(processor, model.config, "pixtral")

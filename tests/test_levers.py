@@ -32,7 +32,7 @@ def step(request):
     batch = joint_batches(lvlm.templates, lambda number: pairs)(0)
 
     def run(levers: Levers, cache_rows: int = 0, half: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
-        lvlm.to(torch.float32 if half else torch.float64).levers = levers  # in double precision no rounding is left, which is another on every machine
+        lvlm.to(torch.float32 if half else torch.float64).levers = levers  # in double precision, but for the losses and the fused norm: rounding is another on every machine
         module = Discriminative(lvlm, 0.7, cache_rows)
         module.note = lambda **values: None  # it asks the trainer for the step
         with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as a trainer does, which takes gradients outside
