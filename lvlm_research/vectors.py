@@ -351,8 +351,9 @@ def _embed(embedder: Encodes, records: Dataset, shards: list[str], card: dict, o
 
 def _sum(table: pa.Table) -> bytes:
     "A hash of all that a shard says."
-    digest = hashlib.sha256(_matrix(table["embedding"]).tobytes())
-    digest.update(json.dumps([[name, str(table[name].type), table[name].to_pylist() if name != "embedding" else None] for name in table.column_names]).encode())
+    vectors = _matrix(table["embedding"])
+    digest = hashlib.sha256(vectors.tobytes())
+    digest.update(json.dumps([str(vectors.dtype), vectors.shape, *([name, table[name].to_pylist()] for name in table.column_names if name != "embedding")]).encode())
     return digest.hexdigest().encode()
 
 
