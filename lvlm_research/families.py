@@ -114,9 +114,11 @@ def check_pictures(processor: ProcessorMixin, config: PreTrainedConfig, folder: 
                 raise refused(f"has {value!r:.40} for {name}{f' of {field}' if name != field else ''}, not a number up to {most:,}")
     try:
         with np.errstate(all="ignore"):  # a deviation of zero is said below
-            pixels = torch.as_tensor(pictures([Image.new("RGB", (64, 64), "gray")], return_tensors="pt")[pictures.model_input_names[0]])
+            pixels = pictures([Image.new("RGB", (64, 64), "gray")], return_tensors="pt")[pictures.model_input_names[0]]
     except Exception as error:  # whatever transformers, PIL and numpy make of wrong settings
         raise refused(f"cannot read a picture ({' '.join(str(error).split())[:120]})") from None
+    if not torch.is_tensor(pixels):  # some families make lists
+        return
     if not pixels.isfinite().all():
         raise refused("makes NaN or infinite pixels")
     tower = getattr(config, "vision_config", None)
