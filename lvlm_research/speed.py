@@ -5,6 +5,8 @@
 # %% ../nbs/19b_speed.ipynb #ae32a8f0
 from __future__ import annotations
 
+import ast
+import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .reference import between, publish_outputs
 from .rivals import ratios
 
 # %% auto #0
-__all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'publish_performance']
+__all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'publish_performance']
 
 # %% ../nbs/19b_speed.ipynb #78679967
 RACES = {  # file -> what a row is about
@@ -51,6 +53,9 @@ def speed_table(
     if (folder / "reproduce.csv").is_file():
         ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
         lines.append(f"| all figures and tables, a quarter of profile cpu, seconds of all stages added up, one run each | | revision cc2cb6b | | {ratio:.2f} | |")
+    if (folder / "manifest.json").is_file():
+        told = {name: run["revision"][:7] for name, run in read_object(folder / "manifest.json").items() if name in RACES}
+        lines.append("\nMeasured at revision " + ", ".join(f"{revision} (`{name}`)" for name, revision in told.items()) + ".")
     return "\n".join(lines) + "\n"
 
 
@@ -62,14 +67,22 @@ def with_speed(readme: str, folder: Path) -> str:
     return between(readme, _MARKS, speed_table(folder))
 
 # %% ../nbs/19b_speed.ipynb #f2601797
+def run_of(
+    executed: dict,  # a notebook
+) -> dict:
+    "The revision, versions and machine that an executed notebook has shown (`run_identity()`, notebook 00); empty if it has not."
+    shown = ("".join(output.get("data", {}).get("text/plain", "")) for cell in executed["cells"] for output in cell.get("outputs", []))
+    return next((ast.literal_eval(text) for text in shown if text.startswith("{'revision': ")), {})
+
+
 def publish_performance(
     results: str | Path,  # folder that the notebooks have written into
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, or is of another profile than cpu."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, or does not say what it was run with."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
-    kept = repository / "data/reference/performance"
+    kept, runs = repository / "data/reference/performance", {}
     notebooks = sorted(executed.glob("*.ipynb"))
     if not notebooks:
         raise InputError(f"{executed}: no executed notebook; name the folder that papermill has written into")
@@ -80,11 +93,16 @@ def publish_performance(
             raise InputError(f"{notebook}: was not executed to its end; run it again")
         if (profile := found["metadata"].get("papermill", {}).get("parameters", {}).get("profile")) != "cpu":
             raise InputError(f"{notebook}: is of profile {profile!r}; what the README says is of profile 'cpu'")
+        if not (run := run_of(found)):
+            raise InputError(f"{notebook}: does not show run_identity(), so nobody can tell what was measured; call it in a cell of its own and run it again")
+        runs[notebook.stem] = run
     kept.mkdir(parents=True, exist_ok=True)
     for file in sorted((*results.glob("*.csv"), *results.glob("*.svg"))):
         done.append(Path(shutil.copyfile(file, kept / file.name)))
     for notebook in notebooks:
         publish_outputs(notebook, repository / "nbs/performance" / notebook.name)
+    manifest = kept / "manifest.json"
+    write_text(manifest, json.dumps((read_object(manifest) if manifest.is_file() else {}) | runs, indent=1, sort_keys=True) + "\n")
     readme = repository / "README.md"
     write_text(readme, with_speed(readme.read_text(encoding="utf-8"), kept))
     return done

@@ -21,7 +21,7 @@ from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
 from lvlm_research.reproduce import ROWS, declared_parameters, fingerprint, stages
-from lvlm_research.speed import RACES, with_speed
+from lvlm_research.speed import RACES, run_of, with_speed
 from lvlm_research.tables import readme_table
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -117,6 +117,12 @@ def test_the_table_of_speed_is_that_of_the_measured_rows():
     readme, measured = (ROOT / "README.md").read_text(), ROOT / "data/reference/performance"
     assert with_speed(readme, measured) == readme
     assert all((measured / f"{name}.svg").is_file() for name in RACES if (measured / f"{name}.csv").is_file())
+
+
+def test_measured_rows_say_which_revision_and_machine_they_are_of():
+    runs = json.loads((ROOT / "data/reference/performance/manifest.json").read_text())
+    assert set(runs) >= set(RACES) and runs == {name: run_of(json.loads((ROOT / f"nbs/performance/{name}.ipynb").read_text())) for name in runs}
+    assert all({"revision", "versions", "machine", "cores"} <= set(run) for run in runs.values())
 
 
 def test_every_row_of_the_readme_says_what_its_training_cost_and_how_it_is_made():
