@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .config import InputError, check_space, clear_parts, no_room, write_beside
 from .embedder import in_threads
 from .large_batches import everyones, processes
+from .levers import trim_heap
 
 # %% auto #0
 __all__ = ['EXPLODED', 'Stream', 'DrawAhead', 'FitModule', 'cosine_schedule', 'MuonAdamW', 'StateFile', 'KeepState',
@@ -233,6 +234,7 @@ class KeepState(L.Callback):
                     raise
                 raise InputError(f"training stopped after step {trainer.global_step}: {self.file} cannot be written ({error.strerror}); {self.said()}; free some space and start it again") from error
             self.written, self.last, self.step = time.monotonic(), self.file, trainer.global_step
+            trim_heap()
 
     def said(self) -> str:
         "Where the last good state is."

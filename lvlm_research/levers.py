@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -23,7 +25,7 @@ from .backbones import run_trunk, trunk_inputs
 
 # %% auto #0
 __all__ = ['PLAIN', 'ALONE', 'Levers', 'only_rows', 'packs', 'in_pieces', 'run_packed', 'keeps_tokens', 'common_prefix',
-           'lean_states', 'keep_heap', 'length_groups', 'packed_groups']
+           'lean_states', 'keep_heap', 'trim_heap', 'length_groups', 'packed_groups']
 
 # %% ../nbs/05d_levers.ipynb #27703829
 @dataclass(frozen=True)
@@ -233,6 +235,13 @@ def lean_states(
 def keep_heap() -> None:
     "Have glibc serve blocks below 32 MiB from its heap and keep up to 64 MiB that are free, as it does once a block of that size was freed; for good, in this process."
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+
+
+def trim_heap() -> None:
+    "Hand the free pages of the heap back to the system (glibc's `malloc_trim`, for all threads); nothing with another C library."
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 # %% ../nbs/05d_levers.ipynb #a933a0f1
 def length_groups(

@@ -31,6 +31,7 @@ from .datasets import only_split
 from .embedder import Encodes, Picture, ahead, by_pixels, in_threads, open_image, shortened
 from .evaluation import load_embedder, model_signature
 from .formats import CAPTION_FIELDS, PICTURES, picture_bytes, read_records
+from .levers import trim_heap
 from .prompts import SUMMARY, Prompt
 
 # %% auto #0
@@ -394,6 +395,7 @@ def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
                 pq.write_table(table.replace_schema_metadata({"of": of[number], "sum": _sum(table)}), part, row_group_size=len(table), use_dictionary=["kind"], write_page_checksum=True)
+            trim_heap()
 
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:
