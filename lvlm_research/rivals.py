@@ -372,9 +372,10 @@ def operations(arm: str, family: str, batch: int, **options) -> int:
 
 
 def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    "Of the loss and all gradients: the norm of the difference over that of the gradient."
+    "Of the loss and all gradients: the norm of the difference over that of the gradient; that of a single number, a sum of terms of both signs which may come to nothing, over the loss if this is larger."
     assert found.keys() == expected.keys()
-    return max(((found[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in expected.items())
+    size = lambda g: g.norm().clamp(min=1e-12) if g.ndim else torch.maximum(g.abs(), expected["loss"][0].abs().to(g))
+    return max(((found[n] - g).norm() / size(g)).item() for n, g in expected.items())
 
 
 def measured(step: Callable[[], object], steps: int, warm_up: int = 1, device: str = "cpu") -> dict:

@@ -93,6 +93,8 @@ def test_states_and_loss_are_those_of_the_models_own_forward_pass(base, pictures
 
 
 def test_levers_change_neither_loss_nor_gradients(trained, pictures):
+    trained.double()  # in single precision rounding alone comes close to the limit, and is another on every machine
+
     def step(levers: Levers) -> tuple[float, dict]:
         trained.levers = levers
         trained.zero_grad()
@@ -106,8 +108,8 @@ def test_levers_change_neither_loss_nor_gradients(trained, pictures):
     for levers in (Levers(pass_price=1), replace(Levers(pass_price=1), packed=False), replace(Levers(pass_price=1), packed=False, length_groups=False)):
         found, again = step(levers)
         assert found == pytest.approx(loss, rel=1e-5) and again.keys() == gradients.keys()
-        assert all(torch.allclose(again[name], g, atol=1e-5 * g.abs().max().item()) for name, g in gradients.items())
-    trained.levers = Levers()
+        assert all((again[name] - g).norm() <= 1e-5 * g.norm() for name, g in gradients.items())
+    trained.float().levers = Levers()
 
 
 def test_nothing_is_padded_where_attention_is_causal(trained, pictures):
