@@ -234,7 +234,7 @@ class KeepState(L.Callback):
                     raise
                 raise InputError(f"training stopped after step {trainer.global_step}: {self.file} cannot be written ({error.strerror}); {self.said()}; free some space and start it again") from error
             self.written, self.last, self.step = time.monotonic(), self.file, trainer.global_step
-            trim_heap()
+            trim_heap()  # gaps between blocks of random sizes add up (notebook 05d)
 
     def said(self) -> str:
         "Where the last good state is."

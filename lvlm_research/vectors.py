@@ -395,7 +395,7 @@ def _write_shards(embedder: Encodes, records: Dataset, of: list[str], card: dict
                 write_text(_card_of(folder), json.dumps(card, indent=1) + "\n")
             with write_beside(folder / f"{number:05}.parquet") as part:
                 pq.write_table(table.replace_schema_metadata({"of": of[number], "sum": _sum(table)}), part, row_group_size=len(table), use_dictionary=["kind"], write_page_checksum=True)
-            trim_heap()
+            trim_heap()  # gaps between blocks of random sizes add up (notebook 05d)
 
 
 def _finish(card: dict, folder: Path, out: Path) -> dict:
