@@ -92,18 +92,21 @@ def plot_rows(rows: pd.DataFrame, x: str = "subset", ax: plt.Axes | None = None)
 
 # %% ../nbs/14_plotting.ipynb #add57fc6
 def draw_ratios(
-    both: pd.DataFrame,  # one line per family and arm: median, least and most of time and of memory, as `compared` of notebook 19 gives them
-    arms: list[str],  # from top to bottom
+    ratios: pd.DataFrame,  # `median`, `least` and `most` of every quantity, family and arm, as `compared` of notebook 19 gives them
+    rows: list[str],  # from top to bottom
+    row: str = "arm",  # column that says the row
+    series: str = "family",  # and the colour
+    scale: str = "linear",  # or log
 ) -> Figure:
-    "Both ratios, a point an arm and family, with the smallest and the largest."
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.35 * len(arms) + 1.3), sharey=True, layout="constrained")
-    families = both.family.nunique()
-    for ax, quantity in zip(axes, ("time", "memory")):
-        for k, (family, found) in enumerate(both.groupby("family", sort=False)):
-            y, middle = [arms.index(arm) + 0.2 * (k - (families - 1) / 2) for arm in found.arm], found[f"median {quantity}"]
-            ax.errorbar(middle, y, xerr=[middle - found[f"least {quantity}"], found[f"most {quantity}"] - middle], fmt="o", label=family)
+    "A part a quantity: points with the smallest and the largest ratio."
+    quantities, several = ratios.quantity.unique(), ratios[series].nunique()
+    figure, axes = plt.subplots(1, len(quantities), figsize=(9, 0.35 * len(rows) + 1.3), sharey=True, layout="constrained")
+    for ax, quantity in zip(axes, quantities):
+        for k, (name, found) in enumerate(ratios[ratios.quantity == quantity].groupby(series, sort=False)):
+            y = [rows.index(each) + 0.2 * (k - (several - 1) / 2) for each in found[row]]
+            ax.errorbar(found["median"], y, xerr=[found["median"] - found.least, found.most - found["median"]], fmt="o", label=name)
         ax.axvline(1, color="0.5", linewidth=1)
-        ax.set(xlabel=f"{quantity}, times ours", yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+        ax.set(xlabel=f"{quantity}, times ours", xscale=scale, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 

@@ -455,10 +455,14 @@ def ratios(table: pd.DataFrame, arm: str = "ours", column: str = "cpu seconds") 
     return pd.concat({"median": relative.median(), "least": relative.min(), "most": relative.max()}, axis=1).stack(level=1).reset_index()
 
 
-def compared(table: pd.DataFrame, time: str = "cpu seconds") -> pd.DataFrame:
-    "Time and memory of every arm over those of ours."
-    both = ratios(table, column=time).merge(ratios(table, column="memory"), on=["family", "arm"], suffixes=(" time", " memory"))
-    return both[both.arm != "ours"]
+def compared(
+    table: pd.DataFrame,  # of `race`, with or without a column `setting`
+    columns: dict[str, str],  # quantity -> column
+) -> pd.DataFrame:
+    "The `ratios` of several quantities, of every setting and rival."
+    settings = table.groupby("setting", sort=False) if "setting" in table else [("", table)]
+    found = pd.concat([ratios(part, column=column).assign(setting=setting, quantity=quantity) for setting, part in settings for quantity, column in columns.items()])
+    return found[found.arm != "ours"].reset_index(drop=True)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .config import InputError, read_object, root, write_text
 from .reference import between, publish_outputs
-from .rivals import ratios
+from .rivals import compared
 
 # %% auto #0
 __all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'publish_performance']
@@ -33,9 +33,7 @@ def in_words(
     rows: pd.DataFrame,  # of one performance notebook
 ) -> pd.DataFrame:
     "One line per family, setting and rival: every quantity as times ours, with the smallest and the largest ratio."
-    settings = rows.groupby("setting", sort=False) if "setting" in rows else [("", rows)]
-    found = pd.concat([ratios(part, column=column).assign(setting=setting, quantity=quantity) for setting, part in settings for quantity, column in QUANTITIES.items()])
-    found = found[found.arm != "ours"]
+    found = compared(rows, QUANTITIES)
     text = found["median"].map("{:.2f}".format) + " (" + found.least.map("{:.2f}".format) + " to " + found.most.map("{:.2f}".format) + ")"
     return found.assign(text=text).pivot(index=["family", "setting", "arm"], columns="quantity", values="text").reset_index()
 
