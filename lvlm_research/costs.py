@@ -105,7 +105,7 @@ class CostMeter(L.Callback):
 
     def __init__(self):
         self.counter: FlopsByPart | None = None
-        self.flops: dict[str, float] = {}
+        self.flops: dict[str, int] = {}
         self.steps = self.pairs = self.tokens = self.counted_tokens = self.now = 0  # now: tokens of this step
         self.began = self.ended = 0.0
         self.device, self.dtype, self.peak, self.processes = torch.device("cpu"), torch.float32, 0, 1
@@ -140,7 +140,7 @@ class CostMeter(L.Callback):
         "Every process adds its tokens and operations."
         self.pairs += module.pairs_seen
         values = [self.tokens, self.counted_tokens, *self.flops.values()]
-        self.tokens, self.counted_tokens, *flops = total(torch.tensor(values, dtype=torch.float32, device=module.device)).tolist()
+        self.tokens, self.counted_tokens, *flops = total(torch.tensor(values, device=module.device)).tolist()
         self.flops, self.peak, self.processes = dict(zip(self.flops, flops)), peak_memory(self.device), processes()
 
     def card(self) -> dict | None:
@@ -151,7 +151,7 @@ class CostMeter(L.Callback):
         rate = sum(self.flops.values()) / self.counted_tokens * self.tokens / seconds
         of_machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
         return {"device": of_machine, "processes": self.processes, "steps": self.steps, "seconds": _rounded(seconds), "pairs_per_second": _rounded(self.pairs / seconds),
-                "tokens_per_second": _rounded(self.tokens / seconds), "peak_memory_bytes": self.peak, "flops_of_first_step": {part: int(n) for part, n in self.flops.items()},
+                "tokens_per_second": _rounded(self.tokens / seconds), "peak_memory_bytes": self.peak, "flops_of_first_step": self.flops,
                 "flops_per_second": _rounded(rate), "matmul_flops_per_second": _rounded(peak), "share_of_matmul": _rounded(rate / peak)}
 
 

@@ -547,9 +547,10 @@ def forward(
         keep_heap()
     edit = None if self.soft_prompts is None else lambda embeddings, last: self.soft_prompts.place(embeddings, last, modality)
     share = rows is not None and self.levers.shared_prefix and not self._sees_ahead(batch) and keeps_tokens(self.model)
-    price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row
-    shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, price) if share else 0
-    return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept, self._packs(batch))
+    with ALONE:  # another thread's list keeps what this pass must not take
+        price = self.levers.pass_price // (1 if self.kept is None else 8)  # what is kept costs no pass, but it is joined to every row
+        shared = common_prefix(batch.input_ids, batch.attention_mask, self.templates.before, price) if share else 0
+        return lean_states(self.model, batch.input_ids, batch.attention_mask, batch.vision, batch.last, edit, rows if self.levers.read_rows else None, shared, self.kept, self._packs(batch))
 
 
 @method_of(DiscriminativeLVLM)
@@ -561,7 +562,8 @@ def _sees_ahead(self, batch: Sequences) -> bool:
 @method_of(DiscriminativeLVLM)
 def _packs(self, batch: Sequences) -> bool:
     "Whether such rows go through the model as one, without padding."
-    return self.levers.packed and not self._sees_ahead(batch) and packs(self.model, batch.input_ids.shape[1])
+    with ALONE:  # in another thread's pass the model attends in another way
+        return self.levers.packed and not self._sees_ahead(batch) and packs(self.model, batch.input_ids.shape[1])
 
 
 @method_of(DiscriminativeLVLM)

@@ -31,17 +31,18 @@ __all__ = ['DTYPES', 'ENTRY', 'FORMAT', 'tower_hash', 'FeatureCache', 'kept_feat
 # %% ../nbs/08b_feature_cache.ipynb #ca90a0ae
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRY = struct.Struct("<16s6q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor, check sum
-FORMAT = 3  # raised when files of before can no longer be read
+FORMAT = 4  # raised when files of before can no longer be read
+_NOT_OF_PICTURES = ("text_config", "dtype", "architectures", "transformers_version", "use_cache")  # of a config; the precision is in the key of a picture
 
 
 def tower_hash(model: PreTrainedModel) -> str:
-    "sha256 over what makes image tokens of pixels: the weights outside the language model, and the settings for pictures."
-    settings = {name: value for name, value in model.config.to_dict().items() if name.startswith("vision")}
+    "sha256 over what makes image tokens of pixels: weights and statistics outside the language model, and the settings that are not its own."
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_PICTURES}
     digest, language = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()), (model.get_decoder(), model.get_output_embeddings())
-    known = {id(p) for part in language for p in part.parameters()}
-    for name, p in sorted(model.named_parameters()):
-        if id(p) not in known:
-            digest.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    within = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in language))
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith(within):
+            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         rows, thin = x.flatten(0, -2), None
-        ctx.scale, ctx.summed = scale, x.dtype == torch.float32 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
+        ctx.scale, ctx.summed = scale, x.dtype.itemsize >= 4 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
         if ctx.summed:
             found = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
         else:

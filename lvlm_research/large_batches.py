@@ -21,13 +21,19 @@ __all__ = ['UNREAD', 'cached_loss', 'processes', 'own_share', 'everyones', 'tota
            'remembered']
 
 # %% ../nbs/08a_large_batches.ipynb #10d51dbc
-def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+def _random_states(kind: str) -> tuple:
+    "Of the CPU, and of all devices of a kind; one of MPS, which has no more."
+    if kind == "cpu":
+        return (torch.get_rng_state(),)
+    devices = torch.get_device_module(kind)
+    return torch.get_rng_state(), getattr(devices, "get_rng_state_all", devices.get_rng_state)()
 
 
-def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+def _restore(states: tuple, kind: str) -> None:
     torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1])
+    if kind != "cpu":
+        devices = torch.get_device_module(kind)
+        getattr(devices, "set_rng_state_all", devices.set_rng_state)(states[1])
 
 
 def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -45,10 +51,10 @@ def cached_loss(
 
     Gradients are summed part by part, then attached to the returned values, so that whoever calls `backward` (a trainer, DistributedDataParallel) sees one ordinary loss.
     """
-    states, found = [], []
+    states, found, kind = [], [], parameters[0].device.type
     with torch.no_grad():
         for part in parts:
-            states.append(_random_states())
+            states.append(_random_states(kind))
             found.append(part()[0])
     torch.clear_autocast_cache()  # of weights that were rounded without a graph
     embeddings = torch.cat(found).requires_grad_()
@@ -56,7 +62,7 @@ def cached_loss(
     gradients = _gradients(loss, [embeddings, *parameters])
     per_part, own = gradients.pop(0).split([len(f) for f in found]), torch.zeros((), device=loss.device)
     for part, state, gradient in zip(parts, states, per_part):
-        _restore(state)
+        _restore(state, kind)
         again, more = part()
         for i, g in enumerate(_gradients((again * gradient).sum() + more, parameters)):
             gradients[i] = g if gradients[i] is None else gradients[i] if g is None else gradients[i] + g

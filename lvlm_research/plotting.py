@@ -100,14 +100,14 @@ def draw_ratios(
 ) -> Figure:
     "A part a quantity: points with the smallest and the largest ratio."
     quantities, several = ratios.quantity.unique(), ratios[series].nunique()
-    figure, axes = plt.subplots(1, len(quantities), figsize=(9, 0.35 * len(rows) + 1.3), sharey=True, layout="constrained")
-    for ax, quantity in zip(axes, quantities):
+    figure, axes = plt.subplots(1, len(quantities), figsize=(9, 0.35 * len(rows) + 1.3), sharey=True, squeeze=False, layout="constrained")
+    for ax, quantity in zip(axes[0], quantities):
         for k, (name, found) in enumerate(ratios[ratios.quantity == quantity].groupby(series, sort=False)):
             y = [rows.index(each) + 0.2 * (k - (several - 1) / 2) for each in found[row]]
             ax.errorbar(found["median"], y, xerr=[found["median"] - found.least, found.most - found["median"]], fmt="o", label=name)
         ax.axvline(1, color="0.5", linewidth=1)
         ax.set(xlabel=f"{quantity}, times ours", xscale=scale, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 # %% ../nbs/14_plotting.ipynb #50e32a27

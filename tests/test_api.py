@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from lvlm_research.embedder import DiscriminativeLVLM, Encodes, ahead, open_imag
 from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
 from lvlm_research.finetuning import FineTuning, fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
+from lvlm_research.training import VARIANTS, prepare
 from lvlm_research.vectors import Vectors, embed_data, nearest, search
 from lvlm_research.zoo import micro_family
 from test_faults import kill_when
@@ -282,7 +284,16 @@ def test_generate_takes_paths_and_leaves_the_adapter_off(scenes, tmp_path):
 def test_threads_may_share_a_model_or_have_one_each(scenes):
     texts = [[f"{'a star and ' * (number % 7)}a ring {number} {part}" for number in range(24)] for part in range(4)]
     models = [load_embedder(ADAPTER), load_embedder(CHECKPOINTS / "llava-micro")]
-    jobs = [(models[part % 2].encode_text, part_texts) for part, part_texts in enumerate(texts * 3)] + [(model.encode_image, [p for p, _ in scenes[:4]]) for model in models]
+    trained = prepare(load_embedder(CHECKPOINTS / "llava-micro"), VARIANTS["vladva"])
+    trained.levers = replace(trained.levers, pass_price=8)  # so that a list keeps what its rows begin with, without a graph
+    parameters = [p for name, p in trained.named_parameters() if "lora_B" in name]
+
+    def gradient(part: list[str]) -> torch.Tensor:
+        found = trained.embed(trained.templates.text(part), "text")
+        return torch.cat([g.flatten() for g in torch.autograd.grad(found.sum(), parameters)])
+
+    jobs = [job for part in texts * 2 for job in ((trained.encode_text, part), (gradient, part))]
+    jobs += [(models[part % 2].encode_text, part_texts) for part, part_texts in enumerate(texts * 3)] + [(model.encode_image, [p for p, _ in scenes[:4]]) for model in models]
     expected = [encode(items) for encode, items in jobs]
     with ThreadPoolExecutor(6) as threads:
         found = list(threads.map(lambda job: job[0](job[1]), jobs))
