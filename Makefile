@@ -34,7 +34,7 @@ reference: setup  ## make the finished run of PROFILE the committed reference, w
 	$(BIN)/lvlm-research reference --profile $(PROFILE)
 	$(BIN)/nbdev_clean
 
-performance: setup  ## measure what the README says about speed, with nothing else running; TEXTS and PICTURES: COCO's captions, a folder of photographs
+performance: setup  ## measure what the README says about speed, alone on the machine if it is to be the README's; TEXTS and PICTURES: COCO's captions, a folder of photographs
 	rm -rf results/speed
 	for name in train_step levers contrastive encode photographs recall scaling reproduce; do \
 		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \

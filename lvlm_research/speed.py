@@ -17,7 +17,7 @@ from .reference import between, publish_outputs
 from .rivals import compared
 
 # %% auto #0
-__all__ = ['RACES', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'publish_performance']
+__all__ = ['RACES', 'ALSO', 'DATA', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'publish_performance']
 
 # %% ../nbs/19b_speed.ipynb #78679967
 RACES = {  # file -> what a row is about
@@ -26,6 +26,8 @@ RACES = {  # file -> what a row is about
     "encode": "embedding a list",
     "recall": "recall of 25,014 captions and 5,000 pictures",
 }
+ALSO = {"scaling": ["slopes"], "train_step": ["gpu"]}  # other rows that a notebook writes
+DATA = {"encode": ["texts", "pictures"], "photographs": ["pictures"]}  # parameters without which a notebook measures on made scenes
 QUANTITIES = {"CPU time": "cpu seconds", "time on the clock": "seconds", "memory": "memory"}  # and their columns
 
 
@@ -50,10 +52,13 @@ def speed_table(
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
     if (folder / "reproduce.csv").is_file():
         ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
-        lines.append(f"| all figures and tables, a quarter of profile cpu, seconds of all stages added up, one run each | | revision cc2cb6b | | {ratio:.2f} | |")
+        before, after = (read_object(folder / name / "manifest.json") for name in ("before", "after"))
+        lines.append(f"| all figures and tables of profile {after['profile']}, seconds of all stages added up, one run each | revision {after['run']['revision'][:7]} | revision {before['run']['revision'][:7]} | | {ratio:.2f} | |")
     if (folder / "manifest.json").is_file():
-        told = {name: run["revision"][:7] for name, run in read_object(folder / "manifest.json").items() if name in RACES}
-        lines.append("\nMeasured at revision " + ", ".join(f"{revision} (`{name}`)" for name, revision in told.items()) + ".")
+        runs = {name: run for name, run in read_object(folder / "manifest.json").items() if name in RACES}
+        lines.append("\nMeasured at revision " + ", ".join(f"{run['revision'][:7]} (`{name}`)" for name, run in runs.items()) + ".")
+        for name in runs.keys() & DATA.keys():
+            lines.append(f"`{name}` embeds " + " and ".join(f"`{runs[name]['data'][each]}`" for each in DATA[name]) + ".")
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +83,7 @@ def publish_performance(
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, or does not say what it was run with."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, does not say what it was run with, or embeds made scenes."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
     kept, runs = repository / "data/reference/performance", {}
     notebooks = sorted(executed.glob("*.ipynb"))
@@ -89,13 +94,18 @@ def publish_performance(
         cells = [cell for cell in found["cells"] if cell["cell_type"] == "code" and cell.get("source")]
         if any(cell["execution_count"] is None or any(output["output_type"] == "error" for output in cell["outputs"]) for cell in cells):
             raise InputError(f"{notebook}: was not executed to its end; run it again")
-        if (profile := found["metadata"].get("papermill", {}).get("parameters", {}).get("profile")) != "cpu":
+        parameters = found["metadata"].get("papermill", {}).get("parameters", {})
+        if (profile := parameters.get("profile")) != "cpu":
             raise InputError(f"{notebook}: is of profile {profile!r}; what the README says is of profile 'cpu'")
         if not (run := run_of(found)):
             raise InputError(f"{notebook}: does not show run_identity(), so nobody can tell what was measured; call it in a cell of its own and run it again")
-        runs[notebook.stem] = run
+        if missing := [name for name in DATA.get(notebook.stem, []) if not parameters.get(name)]:
+            raise InputError(f"{notebook}: measured made scenes; run it with {' and '.join(missing)}, as what it stands for was")
+        data = {name: Path(parameters[name]).name for name in DATA.get(notebook.stem, [])}
+        runs[notebook.stem] = run | ({"data": data} if data else {})
     kept.mkdir(parents=True, exist_ok=True)
-    for file in sorted((*results.glob("*.csv"), *results.glob("*.svg"))):
+    stems = {stem for name in runs for stem in (name, *ALSO.get(name, []))}
+    for file in sorted(file for kind in ("csv", "svg") for file in results.glob(f"*.{kind}") if file.stem in stems):
         done.append(Path(shutil.copyfile(file, kept / file.name)))
     for notebook in notebooks:
         publish_outputs(notebook, repository / "nbs/performance" / notebook.name)

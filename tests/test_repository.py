@@ -21,7 +21,7 @@ from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
 from lvlm_research.reproduce import ROWS, declared_parameters, fingerprint, stages
-from lvlm_research.speed import RACES, run_of, with_speed
+from lvlm_research.speed import DATA, RACES, run_of, with_speed
 from lvlm_research.tables import readme_table
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -121,8 +121,19 @@ def test_the_table_of_speed_is_that_of_the_measured_rows():
 
 def test_measured_rows_say_which_revision_and_machine_they_are_of():
     runs = json.loads((ROOT / "data/reference/performance/manifest.json").read_text())
-    assert set(runs) >= set(RACES) and runs == {name: run_of(json.loads((ROOT / f"nbs/performance/{name}.ipynb").read_text())) for name in runs}
+    of = lambda name: {key: value for key, value in runs[name].items() if key != "data"}
+    assert set(runs) >= set(RACES) and all(of(name) == run_of(json.loads((ROOT / f"nbs/performance/{name}.ipynb").read_text())) for name in runs)
+    assert {name: list(run["data"]) for name, run in runs.items() if "data" in run} == {name: sorted(data) for name, data in DATA.items()}
     assert all({"revision", "versions", "machine", "cores"} <= set(run) for run in runs.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "performance").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_what_a_measured_cell_shows_is_there(path):
+    "A cell that was added after the run has nothing below it."
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and isinstance(ast.parse(source).body[-1], ast.Expr) and not source.rstrip().endswith(";"):
+            assert cell["outputs"], source.splitlines()[-1]
 
 
 def test_every_row_of_the_readme_says_what_its_training_cost_and_how_it_is_made():
