@@ -39,7 +39,7 @@ performance: setup  ## measure what the README says about speed, alone on the ma
 	rm -rf results/speed
 	for name in train_step levers contrastive encode photographs recall scaling reproduce; do \
 		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \
-			$$(case $$name in encode) echo -p texts $(TEXTS) ;; esac; case $$name in encode|photographs) echo -p pictures $(PICTURES) ;; esac) || exit 1; \
+			$$(case $$name in encode) echo -p texts $(abspath $(TEXTS)) ;; esac; case $$name in encode|photographs) echo -p pictures $(abspath $(PICTURES)) ;; esac) || exit 1; \
 	done
 	$(BIN)/python -c 'from lvlm_research.speed import publish_performance; publish_performance("results/speed", "results/speed/notebooks")'
 	$(BIN)/nbdev_clean
