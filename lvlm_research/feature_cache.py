@@ -32,7 +32,7 @@ __all__ = ['DTYPES', 'ENTRY', 'FORMAT', 'tower_hash', 'FeatureCache', 'kept_feat
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRY = struct.Struct("<16s6q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor, check sum
 FORMAT = 4  # raised when files of before can no longer be read
-_NOT_OF_PICTURES = ("text_config", "dtype", "architectures", "transformers_version", "use_cache")  # of a config; the precision is in the key of a picture
+_NOT_OF_PICTURES = ("_name_or_path", "text_config", "dtype", "architectures", "transformers_version", "use_cache")  # of a config; the precision is in the key of a picture
 
 
 def tower_hash(model: PreTrainedModel) -> str:

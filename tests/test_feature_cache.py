@@ -14,7 +14,7 @@ from conftest import CHECKPOINTS
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
 from lvlm_research.embedder import DiscriminativeLVLM
-from lvlm_research.feature_cache import ENTRY, FeatureCache, kept_features
+from lvlm_research.feature_cache import ENTRY, FeatureCache, kept_features, tower_hash
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.properties import noise_pictures
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
@@ -139,6 +139,20 @@ def test_tokens_of_another_model_or_processor_are_refused_by_name(llava, tmp_pat
         model.model.multi_modal_projector.linear_2.bias[0] += 1
     with pytest.raises(InputError, match="kept: holds image tokens of another model"):
         FeatureCache(tmp_path / "kept", model, processor)
+
+
+def test_a_tower_is_known_by_what_it_computes_and_not_by_its_folder(llava, tmp_path):
+    model = llava.model
+    known = tower_hash(model)
+    model.save_pretrained(tmp_path / "elsewhere")
+    assert tower_hash(type(model).from_pretrained(tmp_path / "elsewhere")) == known
+    act = model.config.projector_hidden_act
+    model.config.projector_hidden_act = "relu"
+    assert tower_hash(model) != known
+    model.config.projector_hidden_act = act
+    assert tower_hash(model) == known
+    model.model.vision_tower.register_buffer("statistics", torch.ones(2))
+    assert tower_hash(model) != known
 
 
 def test_a_folder_in_use_or_of_something_else_is_refused(llava, tmp_path):
