@@ -57,7 +57,7 @@ def speed_table(
     if (folder / "manifest.json").is_file():
         runs = {name: run for name, run in read_object(folder / "manifest.json").items() if name in RACES}
         lines.append("\nMeasured at revision " + ", ".join(f"{run['revision'][:7]} (`{name}`)" for name, run in runs.items()) + ".")
-        for name in runs.keys() & DATA.keys():
+        for name in filter(DATA.get, runs):
             lines.append(f"`{name}` embeds " + " and ".join(f"`{runs[name]['data'][each]}`" for each in DATA[name]) + ".")
     return "\n".join(lines) + "\n"
 
