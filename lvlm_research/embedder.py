@@ -721,12 +721,13 @@ def generate(
     text = [self.templates.processor.apply_chat_template(asked(q), add_generation_prompt=True, tokenize=False) for q in questions]
     batch = self.templates.processed(pictures, text, side="left").to(self.device)
     batch.pop("labels", None)  # PaliGemma's processor makes them unasked
-    self.enable_adapter(adapter)
-    try:
-        with torch.inference_mode():
-            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    finally:
-        self.enable_adapter(True)
+    with ALONE:  # another thread's list has LoRA in its weights, and another thread's pass would miss it
+        self.enable_adapter(adapter)
+        try:
+            with torch.inference_mode():
+                out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        finally:
+            self.enable_adapter(True)
     answers = [t.strip() for t in self.templates.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
     return answers[0] if alone else answers
 
@@ -750,7 +751,8 @@ def text_log_likelihood(self, texts: list[str], question: str = "describe the pi
 
     def encode(batch: list[str]) -> torch.Tensor:
         rows = collate([asked] * len(batch), [self.templates.continuation(t) for t in batch], self.templates.tokenizer.pad_token_id, {}).to(self.device)
-        states = trunk_states(self.model, rows.input_ids, rows.attention_mask, rows.vision, rows.last)
+        with ALONE:
+            states = trunk_states(self.model, rows.input_ids, rows.attention_mask, rows.vision, rows.last)
         losses, row = token_losses(states, rows.labels, language_head(self.model))
         return -losses.new_zeros(len(batch)).index_add(0, row, losses)[:, None]
 

@@ -31,13 +31,18 @@ __all__ = ['DTYPES', 'ENTRY', 'FORMAT', 'tower_hash', 'FeatureCache', 'kept_feat
 # %% ../nbs/08b_feature_cache.ipynb #ca90a0ae
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRY = struct.Struct("<16s6q")  # key, first byte, tokens, width, number of the dtype, whether the tower gives those of all pictures as one tensor, check sum
-FORMAT = 4  # raised when files of before can no longer be read
+FORMAT = 5  # raised when files of before can no longer be read
 _NOT_OF_PICTURES = ("_name_or_path", "text_config", "dtype", "architectures", "transformers_version", "use_cache")  # of a config; the precision is in the key of a picture
+
+
+def _of_pictures(settings: dict) -> dict:
+    "The settings that decide what a picture becomes, at any depth: what is loaded in another precision says so in every part."
+    return {name: _of_pictures(value) if isinstance(value, dict) else value for name, value in settings.items() if name not in _NOT_OF_PICTURES}
 
 
 def tower_hash(model: PreTrainedModel) -> str:
     "sha256 over what makes image tokens of pixels: weights and statistics outside the language model, and the settings that are not its own."
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_PICTURES}
+    settings = _of_pictures(model.config.to_dict())
     digest, language = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()), (model.get_decoder(), model.get_output_embeddings())
     within = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in language))
     for name, value in sorted(model.state_dict().items()):

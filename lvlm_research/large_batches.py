@@ -51,7 +51,7 @@ def cached_loss(
 
     Gradients are summed part by part, then attached to the returned values, so that whoever calls `backward` (a trainer, DistributedDataParallel) sees one ordinary loss.
     """
-    states, found, kind = [], [], parameters[0].device.type
+    states, found, kind = [], [], next((p.device.type for p in parameters), "cpu")
     with torch.no_grad():
         for part in parts:
             states.append(_random_states(kind))

@@ -114,7 +114,7 @@ class Sizes:
 
 SMALL = {
     "llava": Sizes(2560, 384, 1032, 6, 6, 6, dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=8), 64),
-    "qwen2-vl": Sizes(3072, 256, 1493, 6, 4, 1, dict(depth=5, embed_dim=256, hidden_size=256, num_heads=4, patch_size=4, spatial_merge_size=2), 64),
+    "qwen2-vl": Sizes(3072, 256, 1504, 6, 4, 1, dict(depth=5, embed_dim=256, hidden_size=256, num_heads=4, patch_size=4, spatial_merge_size=2), 64),
 }
 FULL = {  # LLaVA-1.5-7B and Qwen2-VL-2B, whose pictures may be of any size
     "llava": Sizes(32064, 4096, 11008, 32, 32, 32, dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14), 336),
@@ -356,7 +356,7 @@ TASKS = {"joint": joint, "contrastive": contrastive, "own": own}
 
 
 def gradients_of(arm: str, family: str, batch: int, task: str = "joint", **options) -> dict[str, torch.Tensor]:
-    "Loss and gradients of one step, in double precision, but for the loss and the RMS norm: rounding, which is another on every machine, is not to be taken for a difference."
+    "Loss and gradients of one step, in double precision, but for both losses and the RMS norm: rounding, which is another on every machine, is not to be taken for a difference."
     step, trained = TASKS[task](arm, family, batch, double=True, **options)
     loss = step()
     loss.backward()

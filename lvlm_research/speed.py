@@ -26,7 +26,7 @@ RACES = {  # file -> what a row is about
     "encode": "embedding a list",
     "recall": "recall of 25,014 captions and 5,000 pictures",
 }
-ALSO = {"scaling": ["slopes"], "train_step": ["gpu"]}  # other rows that a notebook writes
+ALSO = {"scaling": ["slopes"], "reproduce": ["reproduced"]}  # other rows that a notebook writes
 DATA = {"encode": ["texts", "pictures"], "photographs": ["pictures"]}  # parameters without which a notebook measures on made scenes
 QUANTITIES = {"CPU time": "cpu seconds", "time on the clock": "seconds", "memory": "memory"}  # and their columns
 
@@ -51,14 +51,15 @@ def speed_table(
                 of = ", ".join(filter(None, (row["family"], row["setting"])))
                 lines.append(f"| {what} | {of} | {row['arm']} | {' | '.join(row[quantity] for quantity in QUANTITIES)} |")
     if (folder / "reproduce.csv").is_file():
-        ratio = pd.read_csv(folder / "reproduce.csv", index_col=0).loc["all", "ratio"]
-        before, after = (read_object(folder / name / "manifest.json") for name in ("before", "after"))
-        lines.append(f"| all figures and tables of profile {after['profile']}, seconds of all stages added up, one run each | revision {after['run']['revision'][:7]} | revision {before['run']['revision'][:7]} | | {ratio:.2f} | |")
+        ratio, runs = (pd.read_csv(folder / f"{name}.csv", index_col=0) for name in ("reproduce", "reproduced"))
+        before, after = (f"revision {run['revision'][:7]}{', changed' * run['revision'].endswith('-dirty')}" for run in runs.loc[["before", "after"]].to_dict("records"))
+        lines.append(f"| all figures and tables of profile {runs.loc['after', 'profile']}, seconds of all stages added up, one run each | {after} | {before} | | {ratio.loc['all', 'ratio']:.2f} | |")
     if (folder / "manifest.json").is_file():
-        runs = {name: run for name, run in read_object(folder / "manifest.json").items() if name in RACES}
+        runs = {name: run for name, run in read_object(folder / "manifest.json").items() if name in (*RACES, *DATA)}
         lines.append("\nMeasured at revision " + ", ".join(f"{run['revision'][:7]} (`{name}`)" for name, run in runs.items()) + ".")
-        for name in filter(DATA.get, runs):
-            lines.append(f"`{name}` embeds " + " and ".join(f"`{runs[name]['data'][each]}`" for each in DATA[name]) + ".")
+        for name in DATA:
+            if data := runs.get(name, {}).get("data"):
+                lines.append(f"`{name}` embeds " + " and ".join(f"`{data[each]}`" for each in DATA[name]) + ".")
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +84,7 @@ def publish_performance(
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, does not say what it was run with, or embeds made scenes."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, does not say what it was run with, was run with uncommitted changes, or embeds made scenes."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
     kept, runs = repository / "data/reference/performance", {}
     notebooks = sorted(executed.glob("*.ipynb"))
@@ -99,10 +100,14 @@ def publish_performance(
             raise InputError(f"{notebook}: is of profile {profile!r}; what the README says is of profile 'cpu'")
         if not (run := run_of(found)):
             raise InputError(f"{notebook}: does not show run_identity(), so nobody can tell what was measured; call it in a cell of its own and run it again")
+        if run["revision"].endswith("-dirty"):
+            raise InputError(f"{notebook}: was measured with changes that no revision has; commit them and run it again")
         if missing := [name for name in DATA.get(notebook.stem, []) if not parameters.get(name)]:
             raise InputError(f"{notebook}: measured made scenes; run it with {' and '.join(missing)}, as what it stands for was")
         data = {name: Path(parameters[name]).name for name in DATA.get(notebook.stem, [])}
         runs[notebook.stem] = run | ({"data": data} if data else {})
+    readme = repository / "README.md"
+    between(readme.read_text(encoding="utf-8"), _MARKS, "")  # where the table goes, before anything is copied
     kept.mkdir(parents=True, exist_ok=True)
     stems = {stem for name in runs for stem in (name, *ALSO.get(name, []))}
     for file in sorted(file for kind in ("csv", "svg") for file in results.glob(f"*.{kind}") if file.stem in stems):
@@ -111,6 +116,5 @@ def publish_performance(
         publish_outputs(notebook, repository / "nbs/performance" / notebook.name)
     manifest = kept / "manifest.json"
     write_text(manifest, json.dumps((read_object(manifest) if manifest.is_file() else {}) | runs, indent=1, sort_keys=True) + "\n")
-    readme = repository / "README.md"
     write_text(readme, with_speed(readme.read_text(encoding="utf-8"), kept))
     return done

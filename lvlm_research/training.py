@@ -14,6 +14,7 @@ from .datasets import JointBatch, TextBatch
 from .embedder import DiscriminativeLVLM, Sequences
 from .fitting import FitModule
 from .large_batches import cached_loss, everyones, processes, remembered, total
+from .levers import ALONE
 from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
@@ -115,7 +116,7 @@ class Discriminative(FitModule):
         features = []
 
         def part() -> tuple[torch.Tensor, torch.Tensor]:
-            with remembered(self.embedder.model, features):
+            with ALONE, remembered(self.embedder.model, features):  # another thread's pictures are not this part's
                 if torch.is_grad_enabled() or draws_random_numbers(self.embedder):
                     image, next_token = self.embedder.embed_and_predict(chunk, tokens, predict=torch.is_grad_enabled())
                     return image, self.ar_weight * processes() * next_token

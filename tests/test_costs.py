@@ -183,6 +183,13 @@ def test_a_fine_tuning_writes_what_it_cost(tmp_path, capsys):
     assert cost["share_of_matmul"] > 0 and not {"pairs_per_second", "flops_per_second"} & set(card)
 
 
+def test_operations_are_counted_to_the_last():
+    module, meter = step_module(), CostMeter()
+    meter.flops = counted = {"vision": 2**53 + 1, "trunk": 2**24 + 1}
+    meter.on_train_end(None, module)
+    assert meter.flops == counted and {type(number) for number in meter.flops.values()} == {int}
+
+
 def test_a_training_that_is_lost_in_its_first_step_leaves_no_counter_behind():
     module, meter = step_module(), CostMeter()
     with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import LlavaForConditionalGeneration
 
 from conftest import CHECKPOINTS
 from lvlm_research.backbones import world_tokenizer
@@ -18,6 +19,7 @@ from lvlm_research.feature_cache import ENTRY, FeatureCache, kept_features, towe
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
 from lvlm_research.properties import noise_pictures
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
+from lvlm_research.training import VARIANTS, prepare
 from lvlm_research.zoo import MICRO_FAMILIES, micro_family
 
 TOWERS = ("CLIPVisionModel", "Qwen2VisionTransformerPretrainedModel")
@@ -151,8 +153,20 @@ def test_a_tower_is_known_by_what_it_computes_and_not_by_its_folder(llava, tmp_p
     assert tower_hash(model) != known
     model.config.projector_hidden_act = act
     assert tower_hash(model) == known
+    prepare(llava, VARIANTS["vladva"])
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[0] += 1
+    model.config.text_config.rope_parameters["rope_theta"] = 5e4
+    assert tower_hash(model) == known  # of the language model
     model.model.vision_tower.register_buffer("statistics", torch.ones(2))
-    assert tower_hash(model) != known
+    with_statistics = tower_hash(model)
+    model.model.vision_tower.statistics[1] = 2
+    assert len({tower_hash(model), with_statistics, known}) == 3
+
+
+def test_a_tower_is_the_same_in_whatever_precision_it_is_loaded():
+    folder = CHECKPOINTS / "llava-micro"  # stored in half precision
+    assert len({tower_hash(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)) for dtype in (torch.float32, torch.float16)}) == 1
 
 
 def test_a_folder_in_use_or_of_something_else_is_refused(llava, tmp_path):

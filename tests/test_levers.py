@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from lvlm_research.config import InputError
 from lvlm_research.datasets import joint_batches
 from lvlm_research.fused import FusedLora, FusedNorm
+from lvlm_research.large_batches import _random_states, _restore
 from lvlm_research.levers import PLAIN, Levers
 from lvlm_research.rivals import FAMILIES, made_pairs, proportioned
 from lvlm_research.training import Discriminative
@@ -65,6 +66,18 @@ def test_a_lever_changes_neither_loss_nor_gradients(step, plain, switches):
 @pytest.mark.parametrize("cache_rows", [1, 3, 7])
 def test_cached_gradients_are_those_of_one_graph(step, plain, cache_rows, levers):
     agree(step(levers, cache_rows), plain)
+
+
+@pytest.mark.parametrize("kind, of", [("cuda", "_all"), ("xpu", "_all"), ("mps", "")])
+def test_what_a_device_drew_it_draws_again(kind, of, monkeypatch):
+    "Of all devices of a kind, or of the one that there is."
+    states = [7, 9]
+    monkeypatch.setattr(getattr(torch, kind), f"get_rng_state{of}", lambda: list(states))
+    monkeypatch.setattr(getattr(torch, kind), f"set_rng_state{of}", lambda kept: states.__setitem__(slice(None), kept))
+    kept = _random_states(kind)
+    states[:], drawn = [8, 10], torch.rand(3)
+    _restore(kept, kind)
+    assert states == [7, 9] and torch.equal(torch.rand(3), drawn)
 
 
 @pytest.mark.parametrize("cache_rows", [0, 3])
