@@ -34,8 +34,9 @@ reference: setup  ## make the finished run of PROFILE the committed reference, w
 	$(BIN)/lvlm-research reference --profile $(PROFILE)
 	$(BIN)/nbdev_clean
 
-performance: setup  ## measure what the README says about speed, alone on the machine if it is to be the README's; TEXTS and PICTURES: COCO's captions, a folder of photographs
+performance: setup  ## measure what the README says about speed (hours), and put it there and into the notebooks; TEXTS and PICTURES: COCO's captions, a folder of photographs
 	@test -f "$(TEXTS)" -a -d "$(PICTURES)" || { echo "make performance: give TEXTS=captions_val2017.json (COCO's) and PICTURES=folder of photographs, which must be there; made scenes would be measured in their place, and not be published"; exit 2; }
+	@git diff --quiet HEAD || { echo "make performance: commit your changes first; what is measured is named by its revision"; exit 2; }
 	rm -rf results/speed
 	for name in train_step levers contrastive encode photographs recall scaling reproduce; do \
 		mkdir -p results/speed/notebooks && $(BIN)/papermill --cwd nbs/performance nbs/performance/$$name.ipynb results/speed/notebooks/$$name.ipynb -p profile cpu -p results $(CURDIR)/results/speed \

@@ -281,14 +281,15 @@ class SharedRetrieval(Benchmark):
 
 def folder_suite(data: Dataset, label: str = "") -> list[Benchmark]:
     "Benchmarks of a data folder: retrieval, and classification by a label field."
-    images = list(data["image"])  # paths, opened batch by batch when they are embedded
+    column = {path: i for i, path in enumerate(dict.fromkeys(data["image"]))}  # a picture may have several lines
+    images = list(column)  # paths, opened batch by batch when they are embedded
     for path in images:
         open_image(path)  # but a broken one is reported before a model is loaded
     texts = list(dict.fromkeys(c for captions in data["captions"] for c in captions))
     row = {t: i for i, t in enumerate(texts)}
     relevant = np.zeros((len(texts), len(images)), bool)
-    for i, captions in enumerate(data["captions"]):
-        relevant[[row[c] for c in captions], i] = True
+    for path, captions in zip(data["image"], data["captions"]):
+        relevant[[row[c] for c in captions], column[path]] = True
     suite: list[Benchmark] = [SharedRetrieval("retrieval", images, texts, relevant)]
     if label:
         if label not in data.column_names or label in ("image", "captions"):
@@ -299,8 +300,10 @@ def folder_suite(data: Dataset, label: str = "") -> list[Benchmark]:
 
 def _label_classification(data: Dataset, images: list, label: str) -> Classification:
     "Classes are the values of a label field, named by the first caption seen with them."
-    names = {}
-    for value, captions in zip(data[label], data["captions"]):
+    names, of = {}, {}
+    for path, value, captions in zip(data["image"], data[label], data["captions"]):
         names.setdefault(value, captions[0])
+        if of.setdefault(path, value) != value:
+            raise InputError(f"{path}: field {label!r} is {of[path]!r} in one line and {value!r} in another; a picture has one class")
     index = {value: i for i, value in enumerate(names)}
-    return Classification("classification", images, class_texts(list(names.values())), np.array([index[v] for v in data[label]]), len(TEMPLATES), label)
+    return Classification("classification", images, class_texts(list(names.values())), np.array([index[of[path]] for path in images]), len(TEMPLATES), label)

@@ -194,7 +194,7 @@ def run_embed(args: argparse.Namespace) -> None:
     from lvlm_research.vectors import embed_data
 
     set_threads()
-    given = {"fields": args.fields.split(",")} if args.fields else {}
+    given = {"fields": [name.strip() for name in args.fields.split(",")]} if args.fields else {}
     prompt = read_prompts(args.prompt)[0] if args.prompt else None
     card = embed_data(args.model, args.data, args.out, args.kind, args.images, split=args.split, prompt=prompt, precision=args.precision, dtype=args.dtype, truncate_dim=args.dim,
                       batch_size=args.batch, shard=args.shard, skip_broken=args.skip_broken, progress=sys.stderr.isatty(), **given)

@@ -113,7 +113,7 @@ class CostMeter(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, index: int) -> None:
         self.now = sum(int(part.attention_mask.sum()) for part in vars(batch).values() if isinstance(part, Sequences))
         if not self.flops:
-            self.device, self.dtype = module.device, {"16": torch.float16, "bf16": torch.bfloat16}.get(trainer.precision.split("-")[0], torch.float32)
+            self.device, self.dtype = module.device, {"16": torch.float16, "bf16": torch.bfloat16}.get(trainer.precision.split("-")[0], next((p.dtype for p in module.parameters() if not p.requires_grad), torch.float32))
             self.counter = FlopsByPart(parts_of(module.embedder.model))
             self.counter.__enter__()
 

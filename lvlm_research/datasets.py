@@ -34,6 +34,7 @@ class Pair:
     short: str | None
     long: str | None
     where: str = ""  # its record, if it was read from a file
+    lies: str = ""  # and where the picture lies, the same for records that share one
 
 
 LABELS = 1000  # fields of a record
@@ -105,12 +106,12 @@ def scene_pairs(batch_size: int, image_size: int, seed: int, split: str = "train
 # %% ../nbs/03_datasets.ipynb #a2d9b1bd
 @dataclass
 class JointBatch:
-    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and a number for each caption."
+    "Image sequences of all records, text sequences of those with a short caption, which rows these are, and numbers for each of these: pairs that share one are no negatives of each other."
 
     image: Sequences
     text: Sequences | None
     has_short: torch.Tensor  # (B,) bool
-    caption: torch.Tensor  # (S,) whole numbers, equal for equal captions
+    same: torch.Tensor  # (S, 1 or 2) whole numbers, equal for equal captions, and for the same picture
     records: tuple[str, ...] = ()  # where the pairs come from, if from a file
 
 
@@ -132,8 +133,9 @@ def joint_batches(
         image = templates.image([p.image for p in batch], [p.long if with_long else None for p in batch])
         texts = [p.long if contrast_long else p.short for p in batch]
         short = [t for t in texts if t]
-        number = torch.tensor([_number(s) for s in short], dtype=torch.int64)
-        return JointBatch(image, templates.text(short) if short else None, torch.tensor([bool(t) for t in texts]), number,
+        numbers = [[_number(t), *([_number(p.lies)] if p.lies else [])] for t, p in zip(texts, batch) if t]
+        same = torch.tensor(numbers, dtype=torch.int64).view(len(short), 2 if batch[0].lies else 1)
+        return JointBatch(image, templates.text(short) if short else None, torch.tensor([bool(t) for t in texts]), same,
                           tuple(p.where for p in batch if p.where))
 
     return draw
@@ -153,8 +155,8 @@ def text_batches(templates: Templates, batch_size: int, seed: int, split: str = 
 
     def draw(step: int) -> TextBatch:
         rng = np.random.default_rng([seed, step])
-        pairs = own_share([claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)])
-        texts = [(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs]
+        pairs = [claim_with_negative(scene, rng) for scene in sample_albums(batch_size, rng, split)]
+        texts = own_share([(say(claim, rng), say(paraphrase(claim), rng), say(negative, rng)) for claim, negative in pairs])
         return TextBatch(*(templates.text(list(column)) for column in zip(*texts)))
 
     return draw

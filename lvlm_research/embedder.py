@@ -5,12 +5,14 @@
 # %% ../nbs/06_embedder.ipynb #74f5a5bd
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import io
 import json
 import os
 import re
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,13 +42,14 @@ from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'PIXELS', 'READERS', 'KEPT_FROM',
-           'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates', 'open_image',
-           'name_of', 'is_one_picture', 'by_pixels', 'opened', 'ahead', 'in_threads', 'check_batch_size', 'in_batches',
-           'distinct', 'shortened', 'Encodes', 'trunk_linear_names', 'DiscriminativeLVLM', 'forward', 'chunks',
-           'different_texts', 'read_out', 'embed', 'embed_and_predict', 'in_order', 'prepared', 'encoding', 'count_cut',
-           'tried', 'generate', 'enable_adapter', 'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained',
-           'export', 'adapter_config', 'lora_config', 'loading', 'from_pretrained']
+__all__ = ['TOKENIZING', 'Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'PIXELS', 'READERS',
+           'KEPT_FROM', 'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates',
+           'open_image', 'name_of', 'is_one_picture', 'by_pixels', 'opened', 'ahead', 'in_threads', 'check_batch_size',
+           'in_batches', 'distinct', 'without_graph', 'shortened', 'Encodes', 'trunk_linear_names',
+           'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict',
+           'in_order', 'prepared', 'encoding', 'count_cut', 'tried', 'generate', 'enable_adapter',
+           'text_log_likelihood', 'weights_hash', 'base_of', 'save_pretrained', 'export', 'adapter_config',
+           'lora_config', 'loading', 'from_pretrained']
 
 # %% ../nbs/06_embedder.ipynb #c3ba8470
 @dataclass
@@ -120,6 +123,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
+TOKENIZING = threading.RLock()  # a tokenizer is told to pad, or to cut, in one step and used in the next; threads that share one take turns
+
+
 class Templates:
     "Token ids around the content, for one processor and one pair of prompts."
 
@@ -151,7 +157,8 @@ class Templates:
 
     def _encode(self, texts):
         "Token ids; the template brings its own special tokens, so none are added twice."
-        return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
+        with TOKENIZING:
+            return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
     def plain(self, text: str) -> str:
         "A caption or question without special tokens: `<image>` in it is written `< image>`, so that it is neither a picture nor the end of a turn."
@@ -181,12 +188,14 @@ class Templates:
     def processed(self, images: list, texts: list[str], side: str = "right"):
         "What the family's processor makes of pictures and the text around each; some families want a list of pictures per row."
         rows = [[Image.fromarray(i) if isinstance(i, np.ndarray) else i] for i in images]
-        return self.processor(images=rows, text=texts, add_special_tokens=self._lacks_bos(texts[0]), return_tensors="pt", padding=True, padding_side=side)
+        with TOKENIZING:
+            return self.processor(images=rows, text=texts, add_special_tokens=self._lacks_bos(texts[0]), return_tensors="pt", padding=True, padding_side=side)
 
     def continuation(self, caption: str) -> list[int]:
         "Token ids of an answer after the image prompt, end token included."
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids(self.opening + self.plain(caption))[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
+        with TOKENIZING:
+            return ids(self.opening + self.plain(caption))[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
 
 # %% ../nbs/06_embedder.ipynb #7bb2fd28
 Picture = str | Path | bytes | Image.Image | np.ndarray  # a path, an undecoded file, a PIL image, or an array
@@ -357,6 +366,17 @@ def distinct(items: Iterable) -> tuple[list, np.ndarray]:
     return kept, np.array(places, int)
 
 
+def without_graph(encode: Callable) -> Callable:
+    "Runs a method in inference mode, and gives a copy that autograd can work with."
+    @functools.wraps(encode)
+    def run(*args, **kwargs) -> torch.Tensor:
+        with torch.inference_mode():
+            found = encode(*args, **kwargs)
+        return found.clone()
+
+    return run
+
+
 def shortened(states: torch.Tensor, normalize: bool = True, truncate_dim: int | None = None) -> torch.Tensor:
     "The first `truncate_dim` components of `(B, D)` states (None for all), as unit vectors if asked for; InputError if there are not so many."
     if truncate_dim is not None and not (isinstance(truncate_dim, int) and 1 <= truncate_dim <= states.shape[-1]):
@@ -409,7 +429,7 @@ class Encodes:
         "Around the encoding of a list of so many items: a model may keep what is the same in all batches."
         yield
 
-    @torch.inference_mode()
+    @without_graph
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed pictures: `(N, D)` float32 on the CPU, `(D,)` for one picture alone; InputError names the picture that cannot be read."
         alone = is_one_picture(images)
@@ -441,7 +461,7 @@ class Encodes:
         found = torch.cat(parts)[torch.as_tensor(rows)]
         return found[0] if alone else found[torch.as_tensor(back)]
 
-    @torch.inference_mode()
+    @without_graph
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256, normalize: bool = True, truncate_dim: int | None = None, progress: bool = False) -> torch.Tensor:
         "Embed captions: `(N, D)` float32 on the CPU, `(D,)` for one caption alone; InputError names the index of an empty one, a warning counts those that were cut."
         alone = isinstance(texts, str)
@@ -459,8 +479,10 @@ class Encodes:
 
 
 def _items(given: Iterable, what: str) -> Iterator:
+    "What a list holds; of an iterator copies, as it may fill one picture again and again (the frames of a GIF)."
     try:
-        return iter(given)
+        items = iter(given)
+        return (item.copy() if isinstance(item, (Image.Image, np.ndarray)) else item for item in items) if items is given else items
     except TypeError:
         raise InputError(f"nothing to embed: give a {what} or a list of {what}s, not {type(given).__name__}") from None
 
@@ -722,12 +744,13 @@ def generate(
     batch = self.templates.processed(pictures, text, side="left").to(self.device)
     batch.pop("labels", None)  # PaliGemma's processor makes them unasked
     with ALONE:  # another thread's list has LoRA in its weights, and another thread's pass would miss it
+        before = all(not module.disable_adapters for module in self.model.modules() if isinstance(module, BaseTunerLayer))
         self.enable_adapter(adapter)
         try:
             with torch.inference_mode():
                 out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         finally:
-            self.enable_adapter(True)
+            self.enable_adapter(before)
     answers = [t.strip() for t in self.templates.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
     return answers[0] if alone else answers
 
@@ -744,7 +767,7 @@ def enable_adapter(self, on: bool) -> None:
 
 # %% ../nbs/06_embedder.ipynb #77f91198
 @method_of(DiscriminativeLVLM)
-@torch.inference_mode()
+@without_graph
 def text_log_likelihood(self, texts: list[str], question: str = "describe the picture briefly.", batch_size: int = 256) -> torch.Tensor:
     "Log-probability `(N,)` of each text as the answer to a question about no picture, summed over its tokens, in nats."
     asked = self.templates.answer_prefix(question)
@@ -763,7 +786,7 @@ CONFIG_NAME = "discriminative.json"
 
 
 def weights_hash(model: nn.Module) -> str:
-    "sha256 over the frozen weights, so that an adapter is never put on another base: names, and values in bfloat16, so that a base is the same in whatever precision it is loaded."
+    "sha256 over the frozen weights, so that an adapter is never put on another base: names, and values in bfloat16, so that a base is the same in full precision and in bfloat16 (of a base in float16 the stored weights are hashed)."
     digest = hashlib.sha256()
     for name, value in sorted((n.replace(".base_layer", ""), v) for n, v in model.state_dict().items() if "lora_" not in n):
         digest.update(name.encode() + value.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
@@ -881,7 +904,8 @@ def from_pretrained(
         config = adapter_config(folder)
         name = str(base or base_of(folder))
         self = cls(*load_lvlm(name, dtype), prompt=Prompt(**config["prompt"]), base=name).tried()
-        if weights_hash(self.model) != config["base_sha256"]:
+        same = lambda model: weights_hash(model) == config["base_sha256"]
+        if not same(self.model) and not (dtype == torch.float16 and same(load_lvlm(name, "auto")[0])):  # float16 leaves other values to round than those that are stored
             raise InputError(f"{folder}: the adapter was trained on other base weights than {name}; pass the right base")
         return self._load_trained(folder, config)
 
@@ -907,5 +931,8 @@ def _load_trained(self, folder: Path, config: dict) -> DiscriminativeLVLM:
         vectors, width = read("soft_prompts.safetensors"), self.model.get_input_embeddings().embedding_dim
         if set(vectors) != {"image", "text"} or any(v.ndim != 2 or v.shape[1] != width for v in vectors.values()):
             raise InputError(f"{folder}: not a model that can embed: soft_prompts.safetensors must hold image and text, each tokens x {width}; save it again")
+        for modality, span in (self.templates.spans | {"image": self._image_span()}).items():
+            if len(vectors[modality]) != len(span):
+                raise InputError(f"{folder}: its {modality} prompt has {len(vectors[modality])} tokens, the chat template of {self.base} writes {len(span)}; give the base that it was trained on, with its template")
         self.soft_prompts = SoftPrompts(**vectors)
     return self.requires_grad_(False).eval()

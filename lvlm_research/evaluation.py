@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, sha256, write_beside, write_text
-from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened
+from .embedder import CONFIG_NAME, TOKENIZING, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened
 from .families import check_complete, check_finite, check_pictures, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
@@ -69,7 +69,11 @@ class ClipEmbedder(Encodes):
 
     def prepared(self, items: list, modality: str) -> dict[str, torch.Tensor]:
         "Pixels of opened pictures, or token ids of captions, on the model's device."
-        made = self._tokens(items) if modality == "text" else self.processor.image_processor(items, return_tensors="pt")  # as the folder says; SigLIP 2's processor overrules it
+        if modality == "text":
+            with TOKENIZING:
+                made = self._tokens(items)
+        else:
+            made = self.processor.image_processor(items, return_tensors="pt")  # as the folder says; SigLIP 2's processor overrules it
         return {name: tensor.to(self.model.device) for name, tensor in made.items()}
 
     def read_out(self, batch: dict[str, torch.Tensor], modality: str) -> torch.Tensor:
@@ -86,9 +90,10 @@ class ClipEmbedder(Encodes):
 
     def count_cut(self, texts: list[str]) -> int:
         "How many captions are longer than the text tower reads; only those are tokenized that have bytes enough."
-        room, _ = self._room
-        likely = [t for t in texts if len(t.encode()) > room // 2]
-        return sum(len(ids) > room for ids in self.processor.tokenizer(likely, verbose=False).input_ids) if likely else 0
+        with TOKENIZING:
+            room, _ = self._room
+            likely = [t for t in texts if len(t.encode()) > room // 2]
+            return sum(len(ids) > room for ids in self.processor.tokenizer(likely, verbose=False).input_ids) if likely else 0
 
     def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         "Token ids as the family was trained on them, and for CLIP the mask."

@@ -161,13 +161,13 @@ def plain_embeddings(
     return F.normalize(states[:, -1].float(), dim=-1).cpu()
 
 
-def _check_same(lvlm: DiscriminativeLVLM, plain: PreTrainedModel, processor: ProcessorMixin, tolerance: float = 1e-4) -> None:
+def _check_same(lvlm: DiscriminativeLVLM, plain: PreTrainedModel, processor: ProcessorMixin) -> None:
     "InputError if the plain model embeds otherwise than the embedder."
     noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
     pictures, texts = [Image.fromarray(noise[:, :64]), Image.fromarray(noise)], ["a", "two things.", "a red star left of a ring "]
     expected = torch.cat([lvlm.encode_image(pictures), lvlm.encode_text(texts)])
     found = torch.cat([plain_embeddings(plain, processor, contents) for contents in (pictures, texts)])
-    if not (change := (found - expected).abs().max().item()) < tolerance:
+    if not (change := (found - expected).abs().max().item()) < max(1e-4, 4 * torch.finfo(lvlm.model.dtype).eps):
         raise InputError(f"{lvlm.base}: {plain.config.model_type} cannot be exported: transformers' own forward pass changes the embedding by {change:.2g}")
 
 # %% ../nbs/06a_export.ipynb #6a8c37fd

@@ -78,15 +78,17 @@ class FitModule(L.LightningModule):
         self.strict_loading = False  # a kept state holds what is trained, not the frozen base
         self.random_states: list[torch.Tensor] = []  # to go on from
         self.spread: list[torch.nn.Module] = []  # layers whose frozen parameters each process holds a share of
+        self.in_parts = False  # whether they are spread: every pass needs all processes, so all have to make as many
 
     def configure_model(self) -> None:
         "Spreads `spread` over the processes; the trainer calls it when they have met."
         if self.spread and processes() > 1:
             mesh = init_device_mesh(self.trainer.strategy.root_device.type, (processes(),))
             for layer in self.spread:
-                fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p.requires_grad})
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # equal everywhere, or in parts
+            self.in_parts = True
         self.spread = []
 
     def note(self, **values: float | torch.Tensor) -> None:
@@ -265,7 +267,8 @@ def _digest(value) -> bytes:
 
 def _owner(module: FitModule, draw: Callable[[int], object], *settings) -> str:
     "Hash of what makes a training this one and no other; the batch's runner adds the code (LVLM_FINGERPRINT)."
-    numbers = [(name, key, value) for name, layer in module.named_modules() for key, value in vars(layer).items() if isinstance(value, float) and key != "started"]
+    plain = lambda value: isinstance(value, float) or isinstance(value, dict) and value and all(isinstance(v, (int, float)) for v in value.values())  # peft keeps the scale of LoRA in a dict
+    numbers = [(name, key, value) for name, layer in module.named_modules() for key, value in vars(layer).items() if plain(value) and key != "started"]
     names, weights = zip(*module.named_parameters(), *module.named_buffers())
     trained = [p.requires_grad for p in weights]
     return _digest([type(module).__name__, module.hparams, settings, os.environ.get("LVLM_FINGERPRINT"), numbers, names, trained, in_threads(_digest, weights), draw(0)]).hex()
@@ -341,7 +344,7 @@ def fit(
     module: FitModule,
     draw: Callable[[int], object],  # makes the batch of a step
     steps: int,  # optimiser steps
-    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU
+    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU; with bf16-true what is frozen is in bfloat16, what is trained is not: a step is smaller than what bfloat16 tells apart
     progress: bool = False,
     callbacks: list[L.Callback] | None = None,
     keep: Path | None = None,  # file of the state to go on from
@@ -362,8 +365,11 @@ def fit(
     stream, thread = Stream(draw, first), ThreadPoolExecutor(1)
     callbacks = [DrawAhead(stream, thread), StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision=precision, gradient_clip_val=1.0, logger=False,
+    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision="32-true" if precision == "bf16-true" else precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
+    if precision == "bf16-true":
+        for p in module.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
     module.train().started = time.perf_counter()
     module.spread = spread or []
     with thread:  # which ends with the training

@@ -247,7 +247,7 @@ def read_tar(file: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
 
 
 def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict]:
-    "Pictures in a folder and in all folders below it, each with a .txt or .json of the same name."
+    "Pictures in a folder and in all folders below it, each with a .txt or .json of the same name, which pictures of one name share."
     for place, inner, names in os.walk(folder):
         inner.sort()
         place = Path(place)
@@ -255,14 +255,16 @@ def read_files(folder: Path, root: Path, fields: Sequence[str]) -> Iterator[dict
             path_below(folder, os.path.relpath(place / name, folder), folder, "folder")
         files = sorted((place / name for name in names if Path(name).suffix[1:].lower() in (*PICTURES, "txt", "json")), key=lambda p: (p.stem, p.suffix))
         for stem, group in itertools.groupby(files, lambda p: p.stem):
-            parts = {p.suffix[1:].lower(): p for p in group}
-            if picture := next((parts[suffix] for suffix in PICTURES if suffix in parts), None):
-                texts = {suffix: parts[suffix].read_bytes for suffix in ("txt", "json") if suffix in parts}
-                for part in parts.values():
+            parts = [(p.suffix[1:].lower(), p) for p in group]
+            pictures = [p for suffix, p in parts if suffix in PICTURES]
+            texts = {suffix: p.read_bytes for suffix, p in parts if suffix not in PICTURES}
+            if pictures:
+                for _, part in parts:
                     path_below(folder, os.path.relpath(part, folder), folder, "file")
                     check_file(part)
-                _check_sizes({suffix: parts[suffix].stat().st_size for suffix in texts}, str(place / stem))
-                yield _sample(str(place / stem), str(picture), (), texts, fields)
+                _check_sizes({suffix: p.stat().st_size for suffix, p in parts if suffix in texts}, str(place / stem))
+            for picture in pictures:
+                yield _sample(str(place / stem if len(pictures) == 1 else picture), str(picture), (), texts, fields)
         yield from _failed(Path(f"{place}.parquet"))
 
 # %% ../nbs/03a_formats.ipynb #6b0341d5
@@ -615,7 +617,7 @@ def _fetch(records: list[dict]) -> None:
 def _pair(record: dict) -> Pair | None:
     "Opened; None, with a warning, if the picture is broken."
     try:
-        return Pair(open_image(record["picture"], record["where"] if record["at"] else ""), record["short"], record["long"], record["where"])
+        return Pair(open_image(record["picture"], record["where"] if record["at"] else ""), record["short"], record["long"], record["where"], f"{record['image']} {record['at']}")
     except InputError as error:
         warnings.warn(f"left out: {error}")
         return None

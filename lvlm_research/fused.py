@@ -22,11 +22,12 @@ __all__ = ['FOLDED_BYTES', 'FusedLora', 'FusedNorm', 'fuse', 'folded']
 
 # %% ../nbs/05e_fused.ipynb #1d075d06
 class _LoraProduct(torch.autograd.Function):
-    "`x W' + bias + scale (x A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; all of one dtype."
+    "`x W' + bias + scale (x A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; all of one dtype, but for A and B, which may be kept in full precision and are rounded here."
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        rows, thin = x.flatten(0, -2), None
+        rows, thin, ctx.kept = x.flatten(0, -2), None, a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         ctx.scale, ctx.summed = scale, x.dtype.itemsize >= 4 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
         if ctx.summed:
             found = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
@@ -51,7 +52,7 @@ class _LoraProduct(torch.autograd.Function):
                 to_a = through_b.T @ rows
             if ctx.needs_input_grad[4]:
                 to_b = ((rows @ a.T if thin is None else thin).T @ gradient).mul_(ctx.scale).T  # a product with few rows is faster than one with few columns
-        return to_x, None, None, to_a, to_b, None
+        return to_x, None, None, to_a if to_a is None else to_a.to(ctx.kept), to_b if to_b is None else to_b.to(ctx.kept), None
 
 
 def _is_plain(layer: LoraLinear) -> bool:
@@ -72,8 +73,8 @@ class FusedLora(LoraLinear):
         if x.ndim < 2 or not _is_plain(self) or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return False
         name = self.active_adapters[0]
-        dropout = self.lora_dropout[name]
-        return (isinstance(dropout, nn.Identity) or not dropout.training) and x.dtype == self.get_base_layer().weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
+        dropout, kept = self.lora_dropout[name], {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
+        return (isinstance(dropout, nn.Identity) or not dropout.training) and x.dtype == self.get_base_layer().weight.dtype and kept in ({x.dtype}, {torch.float32})
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not self._fuses(x):

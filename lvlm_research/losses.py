@@ -22,13 +22,13 @@ def _row_terms(
     keys: torch.Tensor,  # (K, D)
     scale: torch.Tensor | float,
     target: torch.Tensor,  # (b,), which key belongs to each query
-    same: tuple[torch.Tensor, torch.Tensor] | None,  # caption numbers of queries (b,) and of the first keys
+    same: tuple[torch.Tensor, torch.Tensor] | None,  # numbers of queries (b, n) and of the first keys
 ) -> torch.Tensor:
     "Sum of the cross-entropies of some rows of the matrix of similarities."
     with torch.autocast(queries.device.type, enabled=False):  # a scale of 50 makes 7 % of error in a gradient of what half precision rounds
         logits = scale * queries @ keys.T
         if same is not None:
-            equal = same[0][:, None] == same[1]
+            equal = (same[0][:, None] == same[1]).any(-1)
             equal[torch.arange(len(target), device=target.device), target] = False
             logits = logits.masked_fill(F.pad(equal, (0, len(keys) - equal.shape[1])), -torch.inf)
         return F.cross_entropy(logits, target, reduction="sum")
@@ -38,20 +38,20 @@ def info_nce(
     image: torch.Tensor,  # (B, D) unit-norm
     text: torch.Tensor,  # (B, D) unit-norm, row k belongs to image k
     scale: torch.Tensor | float,  # inverse temperature
-    caption: torch.Tensor | None = None,  # (B,) whole numbers, equal for equal captions, which are no negatives of each other
+    same: torch.Tensor | None = None,  # (B,) or (B, n) whole numbers, of caption and picture; pairs that share one are no negatives of each other
     negatives: torch.Tensor | None = None,  # (M, D) unit-norm texts that belong to no image (NegCLIP): further columns for every image
     rows: range | None = None,  # rows whose terms this process adds; None: all
     most: int = 2**22,  # similarities that exist at a time (but always those of one row), whatever the batch
 ) -> torch.Tensor:
     "Symmetric InfoNCE (VladVA section 3): sum of both directions, mean over the batch, a scalar."
-    image, text = image.float(), text.float()
+    image, text, same = image.float(), text.float(), None if same is None else same.view(len(same), -1)
     texts, rows = text if negatives is None else torch.cat([text, negatives.float()]), range(len(image)) if rows is None else rows
     terms = [0.0 * image.sum() + 0.0 * texts.sum()]  # a process may have no rows
     for queries, keys in ((image, texts), (text, image)):
         block = max(1, most // max(1, len(keys)))
         for start in range(rows.start, rows.stop, block):
             part = torch.arange(start, min(start + block, rows.stop), device=image.device)
-            arguments = queries[part], keys, scale, part, None if caption is None else (caption[part], caption)
+            arguments = queries[part], keys, scale, part, None if same is None else (same[part], same)
             terms.append(_row_terms(*arguments) if len(rows) <= block else checkpoint(_row_terms, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(terms).sum() / len(image)
 

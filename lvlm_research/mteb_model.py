@@ -44,7 +44,7 @@ class MtebEncoder:
     def _embed(self, batch: dict[str, list]) -> torch.Tensor:
         parts = []
         if "image" in batch:
-            parts.append(self.embedder.encode_image([picture.convert("RGB") for picture in batch["image"]]))
+            parts.append(self.embedder.encode_image(list(batch["image"])))
         if "text" in batch:
             parts.append(self.embedder.encode_text(list(batch["text"])))
         return F.normalize(sum(parts), dim=-1)

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,8 @@ __all__ = ['TRAINED', 'EVALUATED', 'BACKBONES', 'COMMITTED', 'OF_BACKBONES', 'RO
            'failure_file', 'stages_left_out', 'whole_graph', 'sources', 'stages', 'stage_of', 'needed_for',
            'notebook_path', 'declared_parameters', 'check_parameters', 'module_closure', 'fingerprint', 'signatures',
            'results_folder', 'artefact', 'model_of', 'downstream', 'run_stage', 'end_with', 'processes_of',
-           'end_remains', 'has_snakemake', 'is_current', 'run_graph', 'load_rows', 'manifest', 'files_of', 'seal',
-           'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
+           'end_remains', 'has_snakemake', 'is_current', 'run_graph', 'load_rows', 'manifest', 'files_of', 'sealing',
+           'seal', 'join_intervals', 'table_html', 'plain_table_html', 'report_html', 'report_sections', 'write_report']
 
 # %% ../nbs/15_reproduce.ipynb #656f6eab
 @dataclass(frozen=True)
@@ -643,8 +644,9 @@ def run_graph(
         elif (folder / status_file("report")).is_file() and not (folder / SEAL).is_file():
             seal(folder)
     if code:
+        again = shlex.join(["lvlm-research", "update", "--profile", profile, *(["--results", results] if results else []), *(["--cluster", cluster] if cluster else [])])
         why = "the scheduler was killed" if code < 0 else f"stage {', '.join(killed)} was killed" if killed else f"see the line above and {folder / 'failures'}"
-        raise InputError(f"the run stopped: {why}; `lvlm-research update --profile {profile}` goes on from there")
+        raise InputError(f"the run stopped: {why}; `{again}` goes on from there")
     return folder
 
 
@@ -703,11 +705,20 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in kept if name.as_posix() != SEAL)
 
 
+def sealing(folder: Path) -> str:
+    "The command that seals the results as they are; of a published reference, the one that publishes."
+    try:
+        mark = _mark(folder)
+    except InputError:  # published, or edited
+        return "lvlm-research reference"
+    return shlex.join(["lvlm-research", "stage", "report", "--profile", str(mark.get("file") or mark.get("profile") or "PROFILE"), "--results", str(folder)])
+
+
 def seal(folder: Path) -> Path:
     "Write the hashes of all that lies in a finished results folder: what stages wrote, and logs, statuses and what notebooks outside the graph have left."
     names = files_of(folder)
     if strange := [name for name in names if "\n" in name or "\r" in name or any("\ud800" <= letter <= "\udfff" for letter in name)]:
-        raise InputError(f"{folder}: the name of {strange[0]!r} cannot stand in {SEAL}; rename or remove this file, then `lvlm-research stage report`")
+        raise InputError(f"{folder}: the name of {strange[0]!r} cannot stand in {SEAL}; rename or remove this file, then `{sealing(folder)}`")
     return write_text(folder / SEAL, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 

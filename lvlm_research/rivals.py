@@ -203,7 +203,7 @@ def peer_style(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, 
     "The whole model with head and all hidden states for each embedding; one more pass with labels."
     run = lambda rows, modality, **more: _with_soft_prompts(lvlm, rows, modality, lambda: lvlm.model(**_inputs(lvlm, rows), **more))
     image, text = (_read(run(rows, modality, output_hidden_states=True).hidden_states[-1], rows) for rows, modality in ((prompts, "image"), (batch.text, "text")))
-    return info_nce(image, text, scale, batch.caption) + run(batch.image, "image", labels=batch.image.labels).loss
+    return info_nce(image, text, scale, batch.same) + run(batch.image, "image", labels=batch.image.labels).loss
 
 
 def _trunk(lvlm: DiscriminativeLVLM, rows: Sequences, modality: str) -> torch.Tensor:
@@ -219,19 +219,19 @@ def _caption_loss(lvlm: DiscriminativeLVLM, states: torch.Tensor, rows: Sequence
 def lean(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale: torch.Tensor) -> torch.Tensor:
     "Embeddings without the head; one more pass for the next-token loss."
     image, text = (_read(_trunk(lvlm, rows, modality), rows) for rows, modality in ((prompts, "image"), (batch.text, "text")))
-    return info_nce(image, text, scale, batch.caption) + _caption_loss(lvlm, _trunk(lvlm, batch.image, "image"), batch.image)
+    return info_nce(image, text, scale, batch.same) + _caption_loss(lvlm, _trunk(lvlm, batch.image, "image"), batch.image)
 
 
 def lean_one_pass(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale: torch.Tensor) -> torch.Tensor:
     "Embedding and next-token loss from one pass."
     states = _trunk(lvlm, batch.image, "image")
-    return info_nce(_read(states, batch.image), _read(_trunk(lvlm, batch.text, "text"), batch.text), scale, batch.caption) + _caption_loss(lvlm, states, batch.image)
+    return info_nce(_read(states, batch.image), _read(_trunk(lvlm, batch.text, "text"), batch.text), scale, batch.same) + _caption_loss(lvlm, states, batch.image)
 
 
 def ours(lvlm: DiscriminativeLVLM, batch: JointBatch, prompts: Sequences, scale: torch.Tensor) -> torch.Tensor:
     "The joint step of this package, with the levers of the embedder."
     image, next_token = lvlm.embed_and_predict(batch.image)
-    return info_nce(image, lvlm.embed(batch.text, "text"), scale, batch.caption) + next_token
+    return info_nce(image, lvlm.embed(batch.text, "text"), scale, batch.same) + next_token
 
 
 def compiled(lvlm: DiscriminativeLVLM) -> None:
@@ -329,7 +329,7 @@ def joint(
         compiled(lvlm)
     temperature = torch.nn.Parameter(torch.tensor(10.0, device=lvlm.device))
     pairs = joint_batches(lvlm.templates, lambda step: made_pairs(batch, step, repeated=repeated))(0)
-    pairs = replace(pairs, **{name: getattr(pairs, name).to(lvlm.device) for name in ("image", "text", "has_short", "caption")})
+    pairs = replace(pairs, **{name: getattr(pairs, name).to(lvlm.device) for name in ("image", "text", "has_short", "same")})
     prompts = pairs.image.prompts()
     trained = {**{n: p for n, p in lvlm.named_parameters() if p.requires_grad}, "scale": temperature}
     return lambda: step(lvlm, pairs, prompts, temperature), trained

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ from .reference import between, publish_outputs
 from .rivals import compared
 
 # %% auto #0
-__all__ = ['RACES', 'ALSO', 'DATA', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'publish_performance']
+__all__ = ['RACES', 'ALSO', 'DATA', 'QUANTITIES', 'in_words', 'speed_table', 'with_speed', 'run_of', 'code_of',
+           'publish_performance']
 
 # %% ../nbs/19b_speed.ipynb #78679967
 RACES = {  # file -> what a row is about
@@ -79,12 +81,20 @@ def run_of(
     return next((ast.literal_eval(text) for text in shown if text.startswith("{'revision': ")), {})
 
 
+def code_of(
+    notebook: dict,
+) -> str:
+    "sha256 over its code cells, without the parameters that papermill has put in: what the outputs are outputs of."
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", [])]
+    return hashlib.sha256(json.dumps(["".join(cell["source"]) for cell in cells]).encode()).hexdigest()
+
+
 def publish_performance(
     results: str | Path,  # folder that the notebooks have written into
     executed: str | Path,  # folder with the executed notebooks
     repository: Path | None = None,  # that it goes into; None: this one
 ) -> list[Path]:
-    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, does not say what it was run with, was run with uncommitted changes, or embeds made scenes."
+    "Copy what was measured into the repository, and refresh the table of the README; returns what was copied. InputError if there is none, or one was not finished, has failed, is of another profile than cpu, does not say what it was run with, was run with uncommitted changes, has other cells than that of the repository, or embeds made scenes."
     results, executed, repository, done = Path(results) / "performance", Path(executed), repository or root(), []
     kept, runs = repository / "data/reference/performance", {}
     notebooks = sorted(executed.glob("*.ipynb"))
@@ -102,10 +112,12 @@ def publish_performance(
             raise InputError(f"{notebook}: does not show run_identity(), so nobody can tell what was measured; call it in a cell of its own and run it again")
         if run["revision"].endswith("-dirty"):
             raise InputError(f"{notebook}: was measured with changes that no revision has; commit them and run it again")
+        if (code := code_of(found)) != code_of(read_object(repository / "nbs/performance" / notebook.name)):
+            raise InputError(f"{notebook}: nbs/performance/{notebook.name} has other cells now; run it again")
         if missing := [name for name in DATA.get(notebook.stem, []) if not parameters.get(name)]:
             raise InputError(f"{notebook}: measured made scenes; run it with {' and '.join(missing)}, as what it stands for was")
         data = {name: Path(parameters[name]).name for name in DATA.get(notebook.stem, [])}
-        runs[notebook.stem] = run | ({"data": data} if data else {})
+        runs[notebook.stem] = run | {"code": code} | ({"data": data} if data else {})
     readme = repository / "README.md"
     between(readme.read_text(encoding="utf-8"), _MARKS, "")  # where the table goes, before anything is copied
     kept.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def readme_table(reference: Path) -> str:
     rows, manifest = pd.read_csv(reference / "rows.csv"), json.loads((reference / "manifest.json").read_text())
     cost = pd.read_csv(reference / BUDGETS).set_index("model")
     shown = {"t2i R@1": ("in domain", "t2i R@1"), "i2t R@1": ("in domain", "i2t R@1"), **{g: (g, "mean accuracy") for g in ("replace", "swap", "add")}}
-    lines = ["| model | " + " | ".join(shown) + " | pairs seen | trained parameters | minutes | tolerance | made by |", "|" + "---|" * (len(shown) + 6)]
+    lines = ["| model | " + " | ".join(shown) + " | pairs seen | trained parameters | minutes | tolerance | made by `lvlm-research` |", "|" + "---|" * (len(shown) + 6)]
     for model in (m for m in MODEL_NAMES if m in set(rows.model) and not m.startswith("blind")):
         found = rows[rows.model == model].set_index(["subset", "metric"])
         half = lambda key: (found.ci_high[key] - found.ci_low[key]) / 2

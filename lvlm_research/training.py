@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,8 +18,8 @@ from .levers import ALONE
 from .losses import Temperature, info_nce, text_contrast
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Contrast', 'Variant', 'prepare', 'Discriminative', 'draws_random_numbers', 'trainable_parameters',
-           'TextContrastive']
+__all__ = ['VARIANTS', 'Contrast', 'Variant', 'prepare', 'EmbedderModule', 'Discriminative', 'draws_random_numbers',
+           'trainable_parameters', 'TextContrastive']
 
 # %% ../nbs/09_training.ipynb #6d92942e
 @dataclass(frozen=True)
@@ -61,7 +61,25 @@ def prepare(
 Contrast = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of image and text embeddings
 
 
-class Discriminative(FitModule):
+class EmbedderModule(FitModule):
+    "Trains an embedder, on one device or with the layers of its trunk spread over several processes."
+
+    def __init__(self, embedder: DiscriminativeLVLM, **optimiser):
+        super().__init__(**optimiser)
+        self.embedder = embedder
+
+    def configure_model(self) -> None:
+        "A pass of its own for what all rows begin with, which a process may need or not, is left out where all have to make as many."
+        if self.spread and processes() > 1:
+            self.embedder.levers = replace(self.embedder.levers, shared_prefix=False)
+        super().configure_model()
+
+    def in_one_pass(self, batch: Sequences) -> Sequences:
+        "The sequences; where layers are spread, as rows of one pass, and not of as many as their lengths ask for."
+        return replace(batch, together=True) if self.in_parts else batch
+
+
+class Discriminative(EmbedderModule):
     "Joint training step; the frozen base never receives a gradient."
 
     def __init__(
@@ -71,31 +89,33 @@ class Discriminative(FitModule):
         cache_rows: int = 0,  # rows whose graph exists at a time (notebook 08a); 0: all
         **optimiser,
     ):
-        super().__init__(**optimiser)
-        self.embedder, self.ar_weight, self.cache_rows, self.temperature = embedder, ar_weight, cache_rows, Temperature()
+        super().__init__(embedder, **optimiser)
+        self.ar_weight, self.cache_rows, self.temperature = ar_weight, cache_rows, Temperature()
 
     def training_step(self, batch: JointBatch, index: int) -> torch.Tensor:
         tokens = int(total((batch.image.labels != -100).sum().to(self.device)))  # that the next-token loss is the mean of, over all processes
-        scale, caption, has_short = self.temperature(), everyones(batch.caption.to(self.device))[0], batch.has_short.to(self.device)
+        scale, same, has_short = self.temperature(), everyones(batch.same.to(self.device))[0], batch.has_short.to(self.device)
 
         def contrast(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
             (image, rows), (text, _) = everyones(image[has_short]), everyones(text)
-            if not len(caption):
+            if not len(same):
                 return 0.0 * (image.sum() + text.sum())
-            return processes() * info_nce(image, text, scale, caption, rows=rows)
+            return processes() * info_nce(image, text, scale, same, rows=rows)
 
         contrastive, next_token = (self._cached if self.cache_rows else self._at_once)(batch, contrast, tokens)
-        if len(caption):
-            equal = caption.unique(return_counts=True)[1].square().sum().item() / len(caption)  # captions that are no negatives of one, itself included, on average
-            self.note(contrastive=total(contrastive) / processes(), scale=scale, pairs=len(caption), negatives=len(caption) - equal)
+        if len(same):
+            self.note(contrastive=total(contrastive) / processes(), scale=scale, pairs=len(same), negatives=len(same) - _equal(same))
         if self.ar_weight:
             self.note(next_token=total(next_token))
         return contrastive + self.ar_weight * processes() * next_token
 
     def _at_once(self, batch: JointBatch, contrast: Contrast, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Contrastive and next-token loss with one graph."
-        image, next_token = self.embedder.embed_and_predict(batch.image, tokens)
-        text = image[:0] if batch.text is None else self.embedder.embed(batch.text, "text")
+        image, next_token = self.embedder.embed_and_predict(self.in_one_pass(batch.image), tokens)
+        if batch.text is not None:
+            text = self.embedder.embed(self.in_one_pass(batch.text), "text")
+        else:
+            text = self._no_rows()[0] if self.in_parts else image[:0]
         idle = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # every process has a gradient for everything, which DistributedDataParallel wants
         return contrast(image, text) + idle, next_token
 
@@ -107,9 +127,15 @@ class Discriminative(FitModule):
             texts = self.embedder.chunks(different, self.cache_rows)
         order, order_of_texts = (torch.cat([torch.zeros(0, dtype=torch.long), *(index for index, _ in chunks)]).argsort() for chunks in (images, texts))
         parts = [*(self._image_part(chunk, tokens) for _, chunk in images), *(self._text_part(chunk) for _, chunk in texts)]
+        if self.in_parts:
+            parts += [self._no_rows] * (int(everyones(torch.tensor([len(parts)], device=self.device))[0].max()) - len(parts))
         loss_of = lambda e: contrast(e[: len(order)][order], e[len(order) :][order_of_texts][number])
         contrastive, weighted = cached_loss(parts, loss_of, [p for p in self.parameters() if p.requires_grad])
         return contrastive, weighted / (self.ar_weight * processes()) if self.ar_weight else weighted
+
+    def _no_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        "A pass for the sake of processes that need this one's share of the layers: no embedding, a loss of 0."
+        return self.embedder.embed(self.embedder.templates.text(["a"]), "text")[:0], torch.zeros((), device=self.device)
 
     def _image_part(self, chunk: Sequences, tokens: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         "Embeds pictures; the first pass needs no captions, unless random numbers have to be drawn as in the second."
@@ -128,6 +154,14 @@ class Discriminative(FitModule):
         return lambda: (self.embedder.embed(chunk, "text"), torch.zeros((), device=self.device))
 
 
+def _equal(
+    same: torch.Tensor,  # (B, n)
+) -> float:
+    "Pairs that are no negatives of a pair, itself included, on average: those with its caption, and those with its picture."
+    squares = lambda rows: rows.unique(dim=0, return_counts=True)[1].square().sum().item()
+    return (sum(squares(column) for column in same.split(1, 1)) - (squares(same) if same.shape[1] == 2 else 0)) / len(same)
+
+
 def draws_random_numbers(embedder: DiscriminativeLVLM) -> bool:
     "Whether a forward pass in training drops anything."
     dropped = getattr(embedder.model.config.get_text_config(), "attention_dropout", 0.0)
@@ -139,14 +173,12 @@ def trainable_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # %% ../nbs/09_training.ipynb #4764b311
-class TextContrastive(FitModule):
+class TextContrastive(EmbedderModule):
     "Training on texts alone; what it does to pictures comes through the language model that both share."
 
-    def __init__(self, embedder: DiscriminativeLVLM, **optimiser):
-        super().__init__(**optimiser)
-        self.embedder = embedder
-
     def training_step(self, batch: TextBatch, index: int) -> torch.Tensor:
-        loss = text_contrast(*(self.embedder.embed(s, "text") for s in (batch.caption, batch.paraphrase, batch.contradiction)))
-        self.note(contrastive=loss, pairs=len(batch.caption.last))
+        texts = (self.in_one_pass(s) for s in (batch.caption, batch.paraphrase, batch.contradiction))
+        everyone = [everyones(self.embedder.embed(s, "text"))[0] for s in texts]
+        loss = text_contrast(*everyone)  # the whole of it in each process, whose gradients are those of its own rows, times the number of processes
+        self.note(contrastive=loss, pairs=len(everyone[0]))
         return loss

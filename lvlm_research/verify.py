@@ -13,7 +13,7 @@ from pathlib import Path
 from .config import PROFILES, InputError, profile_of, read_object, read_text, run_identity, sha256
 from .reading import path_below
 from .reference import PUBLISHED
-from .reproduce import RESULTS_VERSION, SEAL, Stage, files_of, fingerprint, stages, status_file
+from .reproduce import RESULTS_VERSION, SEAL, Stage, files_of, fingerprint, sealing, stages, status_file
 
 # %% auto #0
 __all__ = ['read_manifest', 'Verification', 'check_files', 'read_seal', 'check_seal', 'check_inputs', 'check_code', 'verify']
@@ -104,11 +104,11 @@ def read_seal(folder: Path) -> dict[str, str]:
     "Name -> sha256 of all files that lay there when the run was finished."
     file, line = folder / SEAL, re.compile("([0-9a-f]{64})  (.+)\n")
     if not file.is_file():
-        raise InputError(f"{file}: is missing; `lvlm-research stage report` seals the results as they are")
+        raise InputError(f"{file}: is missing; `{sealing(folder)}` seals the results as they are")
     lines = [f"{line}\n" for line in read_text(file).removesuffix("\n").split("\n")]  # not at the other ends of lines that Unicode knows
     sealed = {found[2]: found[1] for found in map(line.fullmatch, lines) if found}
     if not sealed or "".join(f"{sealed[name]}  {name}\n" for name in sorted(sealed)) != "".join(lines):
-        raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; `lvlm-research stage report` writes it again")
+        raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; `{sealing(folder)}` writes it again")
     return sealed
 
 
@@ -123,7 +123,7 @@ def check_seal(folder: Path, found: Verification) -> None:
     named = {problem.partition(": ")[0] for problem in found.problems}
     for name in sorted({*sealed, *there} - named):
         if name not in sealed:
-            found.problems.append(f"{name}: was not there when the run was finished; remove it, or seal it with `lvlm-research stage report`")
+            found.problems.append(f"{name}: was not there when the run was finished; remove it, or seal it with `{sealing(folder)}`")
         elif name not in there:
             found.problems.append(f"{name}: is missing; it was there when the run was finished")
         elif sha256(folder / name) != sealed[name]:

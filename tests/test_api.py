@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from packaging.requirements import Requirement
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from conftest import CHECKPOINTS, ROOT
@@ -280,6 +280,45 @@ def test_generate_takes_paths_and_leaves_the_adapter_off(scenes, tmp_path):
     answers = [model.generate(pictures, question, max_new_tokens=6) for model in (adapter, base) for pictures in ([tmp_path / "a.png"], [scenes[0][0]])]
     assert answers == [answers[0]] * 4 and answers[0][0]
     assert not any(p.requires_grad for p in adapter.parameters())  # what was frozen still is
+    with_it, without = adapter.encode_text("a red star"), base.encode_text("a red star", normalize=True)
+    adapter.enable_adapter(False)
+    off = adapter.encode_text("a red star")
+    adapter.generate(scenes[0][0], question, max_new_tokens=2)
+    assert torch.equal(adapter.encode_text("a red star"), off) and not torch.allclose(off, with_it, atol=1e-2) and off.shape == without.shape  # it is left as it was
+
+
+def test_threads_that_pad_and_threads_that_do_not_share_a_tokenizer(scenes):
+    "Pictures and CLIP's captions are padded, captions of an LVLM are not; a tokenizer is told so in a step of its own."
+    lvlm, texts = load_embedder(ADAPTER), [f"a star {'and a ring ' * (number % 5)}{number}" for number in range(40)]
+    picture, expected = Image.fromarray(scenes[0][0]), lvlm.templates.text(texts).input_ids
+    questions = [lvlm.templates.image_text, lvlm.templates.image_text + " what is there?"]
+    with ThreadPoolExecutor(6) as threads:
+        padded = [threads.submit(lvlm.templates.processed, [picture] * 2, questions) for _ in range(60)]
+        found = [threads.submit(lvlm.templates.text, texts) for _ in range(60)]
+        assert all(torch.equal(f.result().input_ids, expected) for f in found) and len({tuple(p.result()["input_ids"].shape) for p in padded}) == 1
+
+
+def test_embeddings_can_be_learnt_from_and_changed(embedder, scenes):
+    found, probe = embedder.encode_image([p for p, _ in scenes[:3]]), torch.nn.LazyLinear(2)
+    probe(torch.cat([found, embedder.encode_text([t for _, t in scenes[:3]])])).sum().backward()
+    assert probe.weight.grad.abs().sum() > 0 and not found.requires_grad
+    found *= 2
+
+
+def test_an_iterator_may_fill_one_picture_again_and_again(embedder, scenes):
+    frames = [Image.fromarray(p) for p, _ in scenes[:3]]
+    film = Image.open(io.BytesIO(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))
+    expected = [embedder.encode_image([frame.copy() for frame in ImageSequence.Iterator(film)])]
+    again = np.empty_like(scenes[0][0])
+
+    def filled():
+        for picture, _ in scenes[:3]:
+            again[:] = picture
+            yield again
+
+    expected.append(embedder.encode_image([p for p, _ in scenes[:3]]))
+    for given, rows in zip((ImageSequence.Iterator(film), filled()), expected):
+        assert torch.equal(embedder.encode_image(given), rows) and (rows[0] - rows[1]).abs().max() > 1e-3
 
 
 def test_threads_may_share_a_model_or_have_one_each(scenes):
@@ -553,6 +592,11 @@ def test_a_broken_picture_stops_the_run_or_is_left_out(scenes, tmp_path):
     assert not (tmp_path / "z").exists()
 
 
+def test_a_folder_may_be_named_like_a_version(scenes, tmp_path):
+    data = as_folder(tmp_path / "data", scenes[:2])
+    assert embed_data(CLIP, data, tmp_path / "llava-1.5")["images"] == 2 and len(Vectors(tmp_path / "llava-1.5"))
+
+
 @pytest.mark.parametrize("out, says", [("none/x.parquet", "cannot be written"), ("x.csv", "give a folder, or a file .parquet or .npy"), ("data", "not written by lvlm-research embed"), ("data/0.png", "give a folder"), ("folder.npy", "give a folder")])
 def test_places_that_are_no_place(out, says, scenes, tmp_path):
     data = as_folder(tmp_path / "data", scenes[:2])
@@ -602,6 +646,13 @@ def test_search_is_the_order_of_all_cosines(index, scenes, out, kind):
     assert np.allclose(found.score, scores[:, :6].flatten(), atol=2e-4)
     per = 1 if kind == "image" else 2
     assert found.id[0] == f"{order[0, 0] // per}.png" and (kind == "text" or found.id[12] == "5.png") and set(found.kind) == {kind}
+
+
+def test_one_query_alone_is_one_query(index, scenes):
+    one, listed = search(index / "x", scenes[3][1], top=3), search(index / "x", [scenes[3][1]], top=3)
+    assert one.equals(listed) and search(index / "x", scenes[3][0], top=3)["query"].nunique() == 1
+    with pytest.raises(InputError, match="nothing to search for"):
+        search(index / "x", [])
 
 
 def test_the_best_rows_do_not_depend_on_the_blocks():
@@ -835,8 +886,41 @@ def test_an_adapter_fits_its_base_in_every_precision(base_folder, scenes, tmp_pa
     found = again.encode_image(pictures)
     assert found.dtype == torch.float32 and torch.equal(found, half.encode_image(pictures))
     assert (found - full.encode_image(pictures)).abs().max() < 0.05 and (again.encode_text([c for _, c in scenes]) - full.encode_text([c for _, c in scenes])).abs().max() < 0.05
-    fine_tune(read_fine_tuning(one_picture(tmp_path, pictures[0], "a star", model=str(base_folder), precision="bf16-true")))
+    for dtype in (torch.float32, torch.bfloat16):  # of a base that is stored so, float16 leaves other values to round
+        stored = DiscriminativeLVLM.from_pretrained(base_folder)
+        with torch.no_grad():
+            for p in stored.model.parameters():
+                p.add_(1e-3 * torch.randn_like(p))
+        stored.model.to(dtype).save_pretrained(tmp_path / f"{dtype}")
+        stored.templates.processor.save_pretrained(tmp_path / f"{dtype}")
+        DiscriminativeLVLM.from_pretrained(tmp_path / f"{dtype}").add_lora().save_pretrained(tmp_path / f"adapter of {dtype}")
+        assert load_embedder(tmp_path / f"adapter of {dtype}", dtype=torch.float16).model.dtype == torch.float16
+    with pytest.raises(InputError, match="trained on other base weights"):
+        DiscriminativeLVLM.from_pretrained(adapter, base=tmp_path / "torch.float32", dtype=torch.float16)
+
+
+def test_what_is_trained_in_half_precision_is_kept_in_full(base_folder, scenes, tmp_path):
+    "A step of a usual learning rate is smaller than what bfloat16 can add to a temperature of 14, or to a soft prompt."
+    file = one_picture(tmp_path, scenes[0][0], "a star", model=str(base_folder), precision="bf16-true", lr=1e-4, batch=2)
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "captions": [scenes[i][1], "it shows " + f"{scenes[i][1]} and nothing else, " * 4]}) + "\n" for i in range(2)))
+    Image.fromarray(scenes[1][0]).save(tmp_path / "1.png")
+    before = DiscriminativeLVLM.from_pretrained(base_folder).add_soft_prompts().soft_prompts
+    module = fine_tune(read_fine_tuning(file))
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert module.temperature.log_scale.item() != pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    changes = [(p - q).abs().max().item() for p, q in zip(module.embedder.soft_prompts.parameters(), before.parameters())]
+    assert all(0 < change < 3e-4 for change in changes)
     assert torch.isfinite(load_embedder(tmp_path / "trained").encode_text("a red star")).all()
+
+
+def test_soft_prompts_are_of_a_chat_template(base_folder, tmp_path):
+    saved = DiscriminativeLVLM.from_pretrained(base_folder).add_soft_prompts().save_pretrained(tmp_path / "adapter")
+    other = shutil.copytree(base_folder, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{% if add_generation_prompt", "{{ ' and ' }}{% if add_generation_prompt").replace("{%- if add_generation_prompt", "{{ ' and ' }}{%- if add_generation_prompt"))
+    with pytest.raises(InputError, match=r"its (text|image) prompt has \d+ tokens, the chat template of .* writes \d+"):
+        DiscriminativeLVLM.from_pretrained(saved, base=other)
 
 
 def test_an_index_is_made_and_searched_in_one_precision(scenes, tmp_path):

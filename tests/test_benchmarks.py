@@ -19,7 +19,7 @@ from lvlm_research.datasets import read_folder
 from lvlm_research.evaluation import evaluate, evaluate_text_only, load_embedder, score_suite, tidy_rows
 from lvlm_research.metrics import chance
 from lvlm_research.public_benchmarks import TASKS, public_suite, read_captions, read_pope, text_only_scores, word_counts
-from lvlm_research.scenes import NEGATIVE_TYPES
+from lvlm_research.scenes import NEGATIVE_TYPES, sample_scenes, scene_images, short_caption
 
 NOWHERE = Path("nowhere")  # for texts alone: no picture is opened
 
@@ -133,6 +133,24 @@ def test_chance_counts_the_captions_of_each_picture(real_data, tmp_path):
     scores = {s.metric: s for s in bench.score(constant(100), constant(514))}
     assert all(s.values.mean() == pytest.approx(s.chance) for s in scores.values())
     assert scores["i2t R@1"].chance == pytest.approx(1 / 100) and scores["i2t R@1"].chance > chance(1, 514, 5)
+
+
+def test_a_caption_a_line_scores_as_all_captions_in_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(6, rng, "test")
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+        for i, picture in enumerate(scene_images(scenes, 60)):
+            Image.fromarray(picture).save(tmp_path / folder / f"{i}.png")
+    lines = [{"image": f"{i}.png", "captions": [short_caption(s, rng) + f" {k}" for k in range(3)], "kind": f"k{i % 2}"} for i, s in enumerate(scenes)]
+    write(tmp_path / "one/captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write(tmp_path / "many/captions.jsonl", "".join(json.dumps(line | {"captions": [c]}) + "\n" for line in lines for c in line["captions"]))
+    clip = load_embedder(CHECKPOINTS / "clip-micro")
+    one, many = (evaluate(clip, folder_suite(read_folder(tmp_path / folder), "kind"), 10) for folder in ("one", "many"))
+    assert many[["metric", "value", "n", "chance"]].equals(one[["metric", "value", "n", "chance"]])
+    write(tmp_path / "many/captions.jsonl", "".join(json.dumps({"image": "0.png", "captions": [c], "kind": c}) + "\n" for c in ("a", "b")))
+    with pytest.raises(InputError, match="0.png: field 'kind' is 'a' in one line and 'b' in another"):
+        folder_suite(read_folder(tmp_path / "many"), "kind")
 
 
 def test_photographs_as_a_task_score_as_they_do_as_a_folder(real_data, tmp_path):

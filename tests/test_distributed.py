@@ -18,13 +18,23 @@ from PIL import Image
 from conftest import CHECKPOINTS, ROOT
 from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError
-from lvlm_research.datasets import joint_batches, scene_pairs
+from lvlm_research.datasets import joint_batches, scene_pairs, text_batches
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.evaluation import load_embedder
 from lvlm_research.formats import read_records, record_pairs
 from lvlm_research.large_batches import own_share
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
-from lvlm_research.training import VARIANTS, Discriminative, prepare
+from lvlm_research.training import VARIANTS, Discriminative, TextContrastive, prepare
+
+
+def averaged(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "Gradients, as DistributedDataParallel averages them."
+    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    if dist.is_initialized():
+        for grad in found.values():
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+    return found
 
 
 def gradients(cache_rows: int, short: range, records: int) -> dict[str, torch.Tensor]:
@@ -39,12 +49,18 @@ def gradients(cache_rows: int, short: range, records: int) -> dict[str, torch.Te
     module.note = lambda **values: None  # it asks the trainer for the step
     pairs = lambda step: [pair if i in short else replace(pair, short=None) for i, pair in zip(own_share(range(records)), scene_pairs(records, 60, 0)(step))]
     module.training_step(joint_batches(embedder.templates, pairs)(0), 0).backward()
-    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-    if dist.is_initialized():
-        for grad in found.values():
-            dist.all_reduce(grad)
-            grad /= dist.get_world_size()
-    return found
+    return averaged(module)
+
+
+def text_gradients() -> dict[str, torch.Tensor]:
+    "Of one step on captions alone, averaged over the processes."
+    torch.manual_seed(0)
+    embedder = prepare(DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro"), VARIANTS["e5v"])
+    module, noted = TextContrastive(embedder), {}
+    module.note = lambda **values: noted.update(values)  # it asks the trainer for the step
+    module.training_step(text_batches(embedder.templates, 7, 0)(0), 0).backward()
+    assert noted["pairs"] == 7
+    return averaged(module)
 
 
 def worker(rank: int, port: int, cases: list, folder: str) -> None:
@@ -56,7 +72,7 @@ def worker(rank: int, port: int, cases: list, folder: str) -> None:
         record_pairs(read_records(f"{folder}/broken"), 4, world_tokenizer(), 0)(0)
     assert len(said) == 2  # of the four pictures each process opens its share
     for number, case in enumerate(cases):
-        torch.save(gradients(*case), f"{folder}/{number}-{rank}.pt")
+        torch.save(gradients(*case) if case else text_gradients(), f"{folder}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -72,10 +88,10 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
         (tmp_path / f"broken/{number}.png").write_bytes(b"no picture")
     (tmp_path / "broken/captions.jsonl").write_text("".join(json.dumps({"image": f"{number}.png", "captions": ["a star"]}) + "\n" for number in range(4)))
     everyone, some, none = range(9), range(0, 8, 2), range(0)  # an uneven share; one process without short captions; no short caption at all
-    cases = [(cache_rows, short, 9) for short in (everyone, some, none) for cache_rows in (0, 2)]
+    cases = [(cache_rows, short, 9) for short in (everyone, some, none) for cache_rows in (0, 2)] + [()]  # the last: captions alone
     mp.spawn(worker, (free_port(), cases, str(tmp_path)), nprocs=2)
     for number, case in enumerate(cases):
-        expected = gradients(0, *case[1:])
+        expected = gradients(0, *case[1:]) if case else text_gradients()
         for rank in range(2):
             found = torch.load(tmp_path / f"{number}-{rank}.pt")
             assert found.keys() == expected.keys()
@@ -85,15 +101,16 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
 
 @pytest.fixture
 def own_data(tmp_path):
-    "A folder with twelve pictures, and a config file for each set of settings."
+    "A folder with twelve pictures, of which two have no short caption, and a config file for each set of settings."
     rng = np.random.default_rng(0)
     scenes = sample_scenes(12, rng)
     for number, picture in enumerate(scene_images(scenes, 60)):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    lines = [json.dumps({"image": f"{n}.png", "captions": [short_caption(s, rng), long_caption(s, rng)]}) for n, s in enumerate(scenes)]
+    lines = [json.dumps({"image": f"{n}.png", "captions": [short_caption(s, rng), long_caption(s, rng)][n in (3, 7) :]}) for n, s in enumerate(scenes)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
     shared = {"model": str(CHECKPOINTS / "llava-micro"), "data": ".", "steps": 3, "batch": 6, "lr": 1e-3, "dropout": 0}
-    for name, more in (("one", {}), ("two", {}), ("tasks", {}), ("cached", {"cache_rows": 2}), ("spread", {"strategy": "fsdp", "cache_rows": 2})):
+    for name, more in (("one", {}), ("two", {}), ("tasks", {}), ("cached", {"cache_rows": 2}), ("spread", {"strategy": "fsdp", "cache_rows": 2}),
+                       ("five", {"batch": 5}), ("uneven", {"batch": 5, "strategy": "fsdp"}), ("uneven parts", {"batch": 5, "strategy": "fsdp", "cache_rows": 2})):
         (tmp_path / f"{name}.json").write_text(json.dumps(shared | more | {"output": name}))
     return tmp_path
 
@@ -135,11 +152,20 @@ def test_several_processes_train_what_one_trains(own_data):
 
 SPREAD = """
 import sys
+import lightning as L
 import torch
 from torch.distributed.tensor import DTensor
 from lvlm_research.finetuning import fine_tune, read_fine_tuning
+
+
+class InParts(L.Callback):
+    def on_before_backward(self, trainer, module, loss):
+        layers = module.embedder.model.get_decoder().layers
+        assert all(isinstance(p, DTensor) for p in layers.parameters() if not p.requires_grad), "a layer is still whole after its forward pass"
+
+
 torch.set_num_threads(1)
-module = fine_tune(read_fine_tuning(sys.argv[1]))
+module = fine_tune(read_fine_tuning(sys.argv[1]), callbacks=[InParts()])
 frozen = [p for p in module.embedder.model.get_decoder().layers.parameters() if not p.requires_grad]
 print("held", sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen), "of", sum(p.numel() for p in frozen))
 """
@@ -153,6 +179,15 @@ def test_spread_over_two_processes_it_trains_what_one_process_trains(own_data):
     shares = sorted(tuple(map(int, line.split()[1::2])) for line in held.splitlines() if line.startswith("held"))
     whole = shares[0][1]
     assert shares == [(whole // 2, whole), (whole, whole)]  # the second process still holds its half; the first made a whole model to save
+
+
+def test_spread_processes_with_uneven_shares_make_equally_many_passes(own_data):
+    "Three records against two, of which some have no short caption: each layer is put together by all, or all wait for ever."
+    (own_data / "spread.py").write_text(SPREAD)
+    started("-m", "lvlm_research.cli", "train", "--config", str(own_data / "five.json"))
+    for name in ("uneven", "uneven parts"):
+        started(*TORCHRUN, str(own_data / "spread.py"), str(own_data / f"{name}.json"))
+        same_training(own_data / "five", own_data / name)
 
 
 NOISY = """

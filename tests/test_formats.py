@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from conftest import CHECKPOINTS, ROOT
@@ -23,6 +24,7 @@ from lvlm_research.datasets import joint_batches, only_split
 from lvlm_research.embedder import DiscriminativeLVLM
 from lvlm_research.formats import _row_group, data_report, picture_bytes, read_records, record_pairs, shuffled, sort_captions
 from lvlm_research.scenes import long_caption, sample_scenes, scene_images, short_caption
+from lvlm_research.training import VARIANTS, Discriminative, prepare
 
 TOKENIZER = world_tokenizer()
 
@@ -512,3 +514,32 @@ def test_a_picture_without_bytes_is_found_by_its_path_or_not_there(kind, tmp_pat
     report = data_report(records, TOKENIZER)
     assert (report.without_picture, report.with_short) == (2, len(pictures) - 2)
     assert record_pairs(records, len(pictures) - 2, TOKENIZER, 0)(0)[0].image.size == (60, 60)
+
+
+def test_pictures_of_one_name_are_each_a_record(tmp_path):
+    for name in ("a.jpg", "a.png", "b.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"a star {name[0]}")
+    records = read_records(tmp_path)
+    assert [(Path(r["image"]).name, r["captions"]) for r in records] == [("a.jpg", ["a star a"]), ("a.png", ["a star a"]), ("b.png", ["a star b"])]
+    assert [Path(where).name for where in records["where"]] == ["a.jpg", "a.png", "b"]
+
+
+def test_captions_of_one_picture_are_no_negatives_of_each_other(tmp_path):
+    "A table with a caption a row brings them into one batch."
+    for i in range(2):
+        Image.new("RGB", (8, 8), ("red", "blue")[i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,a star {i} {k}\n" for i in range(2) for k in range(3)))
+    embedder = DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro")
+    batch = joint_batches(embedder.templates, record_pairs(read_records(tmp_path / "captions.csv"), 6, embedder.templates.tokenizer, 0))(0)
+    caption, picture = batch.same.T
+    assert len(caption.unique()) == 6 and picture.unique(return_counts=True)[1].tolist() == [3, 3]
+    module, noted = Discriminative(prepare(embedder, VARIANTS["soft"])), {}
+    module.note = lambda **values: noted.update(values)  # it asks the trainer for the step
+    loss = module.training_step(batch, 0)
+    assert noted["negatives"] == 3
+    image, text = embedder.embed(batch.image, "image"), embedder.embed(batch.text, "text")
+    logits = module.temperature() * image @ text.T
+    allowed = (picture[:, None] != picture) | torch.eye(6, dtype=torch.bool)
+    terms = [(l.masked_fill(~allowed, -torch.inf).logsumexp(1) - l.diagonal()).mean() for l in (logits, logits.T)]
+    assert loss.item() == pytest.approx(sum(terms).item(), rel=1e-5)

@@ -21,7 +21,7 @@ from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
 from lvlm_research.reference import reference_folder, with_results
 from lvlm_research.reproduce import ROWS, declared_parameters, fingerprint, stages
-from lvlm_research.speed import DATA, RACES, run_of, with_speed
+from lvlm_research.speed import DATA, RACES, code_of, run_of, with_speed
 from lvlm_research.tables import readme_table
 
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -121,8 +121,10 @@ def test_the_table_of_speed_is_that_of_the_measured_rows():
 
 def test_measured_rows_say_which_revision_and_machine_they_are_of():
     runs = json.loads((ROOT / "data/reference/performance/manifest.json").read_text())
-    of = lambda name: {key: value for key, value in runs[name].items() if key != "data"}
-    assert set(runs) >= set(RACES) and all(of(name) == run_of(json.loads((ROOT / f"nbs/performance/{name}.ipynb").read_text())) for name in runs)
+    notebooks = {name: json.loads((ROOT / f"nbs/performance/{name}.ipynb").read_text()) for name in runs}
+    of = lambda name: {key: value for key, value in runs[name].items() if key not in ("code", "data")}
+    assert set(runs) >= set(RACES) and all(of(name) == run_of(notebook) for name, notebook in notebooks.items())
+    assert [name for name, notebook in notebooks.items() if runs[name].get("code", code_of(notebook)) != code_of(notebook)] == []  # edited after the run: run it again (the oldest runs have no hash)
     assert {name: list(run["data"]) for name, run in runs.items() if "data" in run} == {name: sorted(data) for name, data in DATA.items()}
     assert all({"revision", "versions", "machine", "cores"} <= set(run) for run in runs.values())
 
@@ -141,7 +143,7 @@ def test_every_row_of_the_readme_says_what_its_training_cost_and_how_it_is_made(
     header = [cell.strip() for cell in lines[0]]
     for line in lines[1:]:
         row = dict(zip(header, map(str.strip, line), strict=True))
-        assert float(row["minutes"]) >= 0 and float(row["tolerance"]) >= 1 and "--only evaluate-" in row["made by"], row["model"]
+        assert float(row["minutes"]) >= 0 and float(row["tolerance"]) >= 1 and "--only evaluate-" in row["made by `lvlm-research`"], row["model"]
 
 
 def test_the_rows_and_claims_of_the_reference_follow_from_the_items_beside_them():
