@@ -55,7 +55,7 @@ class FineTuning:
     image_prompt: str = SUMMARY.image
     text_prompt: str = SUMMARY.text
     seed: int = 0
-    precision: str = "32-true"  # bf16-mixed on a GPU
+    precision: str = "32-true"  # bf16-mixed on a GPU; with bf16-true the frozen weights are in bfloat16 too, which takes half the memory
     strategy: str = "ddp"  # of several processes: with fsdp each holds a part of the trunk's frozen layers, with ddp the whole model (notebook 05a)
     keep_seconds: float = 120.0  # between two writes of the state that a killed training goes on from
 

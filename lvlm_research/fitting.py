@@ -344,7 +344,7 @@ def fit(
     module: FitModule,
     draw: Callable[[int], object],  # makes the batch of a step
     steps: int,  # optimiser steps
-    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU; with bf16-true what is frozen is in bfloat16, what is trained is not: a step is smaller than what bfloat16 tells apart
+    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU; with bf16-true what is frozen is in bfloat16
     progress: bool = False,
     callbacks: list[L.Callback] | None = None,
     keep: Path | None = None,  # file of the state to go on from
@@ -367,7 +367,7 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision="32-true" if precision == "bf16-true" else precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
-    if precision == "bf16-true":
+    if precision == "bf16-true":  # not what is trained: a step is smaller than what bfloat16 can tell apart
         for p in module.parameters():
             p.data = p.data if p.requires_grad else p.data.bfloat16()
     module.train().started = time.perf_counter()
