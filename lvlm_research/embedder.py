@@ -14,10 +14,11 @@ import os
 import re
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,7 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -42,8 +43,8 @@ from .losses import token_losses
 from .prompts import PROMPT_TOKEN, SUMMARY, Prompt, SoftPrompts
 
 # %% auto #0
-__all__ = ['TOKENIZING', 'Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'PIXELS', 'READERS',
-           'KEPT_FROM', 'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'Templates',
+__all__ = ['Picture', 'ALPHA', 'SMALLEST_SIDE', 'LARGEST_ASPECT', 'FORMATS', 'PICTURE', 'PIXELS', 'READERS', 'KEPT_FROM',
+           'CONFIG_NAME', 'LARGEST_RANK', 'Sequences', 'pad', 'collate', 'special_tokens', 'tokenizing', 'Templates',
            'open_image', 'name_of', 'is_one_picture', 'by_pixels', 'opened', 'ahead', 'in_threads', 'check_batch_size',
            'in_batches', 'distinct', 'without_graph', 'shortened', 'Encodes', 'trunk_linear_names',
            'DiscriminativeLVLM', 'forward', 'chunks', 'different_texts', 'read_out', 'embed', 'embed_and_predict',
@@ -123,7 +124,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-TOKENIZING = threading.RLock()  # a tokenizer is told to pad, or to cut, in one step and used in the next; threads that share one take turns
+_TOKENIZING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def tokenizing(tokenizer: PreTrainedTokenizerBase) -> threading.RLock:
+    "The lock of a tokenizer, which is told to pad, or to cut, in one step and used in the next: threads that share one take turns."
+    return _TOKENIZING.setdefault(tokenizer, threading.RLock())
 
 
 class Templates:
@@ -157,7 +163,7 @@ class Templates:
 
     def _encode(self, texts):
         "Token ids; the template brings its own special tokens, so none are added twice."
-        with TOKENIZING:
+        with tokenizing(self.tokenizer):
             return self.tokenizer(texts, add_special_tokens=self._lacks_bos(texts if isinstance(texts, str) else texts[0])).input_ids
 
     def plain(self, text: str) -> str:
@@ -188,13 +194,13 @@ class Templates:
     def processed(self, images: list, texts: list[str], side: str = "right"):
         "What the family's processor makes of pictures and the text around each; some families want a list of pictures per row."
         rows = [[Image.fromarray(i) if isinstance(i, np.ndarray) else i] for i in images]
-        with TOKENIZING:
+        with tokenizing(self.tokenizer):
             return self.processor(images=rows, text=texts, add_special_tokens=self._lacks_bos(texts[0]), return_tensors="pt", padding=True, padding_side=side)
 
     def continuation(self, caption: str) -> list[int]:
         "Token ids of an answer after the image prompt, end token included."
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        with TOKENIZING:
+        with tokenizing(self.tokenizer):
             return ids(self.opening + self.plain(caption))[len(ids(self.opening)) :] + self.end  # enough context for the tokenizer to split as it would in place
 
 # %% ../nbs/06_embedder.ipynb #7bb2fd28
@@ -479,12 +485,24 @@ class Encodes:
 
 
 def _items(given: Iterable, what: str) -> Iterator:
-    "What a list holds; of an iterator copies, as it may fill one picture again and again (the frames of a GIF)."
+    "What a list holds, or what comes out of something else."
     try:
-        items = iter(given)
-        return (item.copy() if isinstance(item, (Image.Image, np.ndarray)) else item for item in items) if items is given else items
+        return iter(given) if isinstance(given, (Sequence, np.ndarray)) else _copied(iter(given))
     except TypeError:
         raise InputError(f"nothing to embed: give a {what} or a list of {what}s, not {type(given).__name__}") from None
+
+
+def _copied(items: Iterator) -> Iterator:
+    "Items, with a copy in the place of what may be filled again and again: the frames of a film, an array. The same once more is the same copy."
+    copies = {}
+    for item in items:
+        if isinstance(item, np.ndarray) or isinstance(item, Image.Image) and (not isinstance(item, ImageFile.ImageFile) or getattr(item, "is_animated", False)):
+            with suppress(Exception):  # a broken picture is for `open_image` to name
+                before = copies.get(id(item))
+                if before is None or not (np.array_equal(before, item) if isinstance(item, np.ndarray) else before == item):
+                    copies[id(item)] = item.copy()
+                item = copies[id(item)]
+        yield item
 
 
 def _words(texts: list) -> list[str]:
@@ -820,7 +838,8 @@ def save_pretrained(self, folder: str | Path) -> Path:
         save_file({k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self.model, adapter_name="default").items()}, folder / "adapter_model.safetensors")
     if self.soft_prompts is not None:
         save_file({k: v.detach().contiguous().cpu() for k, v in self.soft_prompts.vectors.items()}, folder / "soft_prompts.safetensors")
-    config = {"base": _seen_from(folder, self.base), "base_sha256": weights_hash(self.model), "prompt": asdict(self.templates.prompt),
+    stored = load_lvlm(self.base, "auto")[0] if self.model.dtype == torch.float16 and self.base else self.model
+    config = {"base": _seen_from(folder, self.base), "base_sha256": weights_hash(stored), "prompt": asdict(self.templates.prompt),
               "lora": self.lora is not None, "soft_prompts": self.soft_prompts is not None}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     return folder

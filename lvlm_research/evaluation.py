@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 
 from .benchmarks import Benchmark, Pairs, Score, blind_scores
 from .config import InputError, find_model, sha256, write_beside, write_text
-from .embedder import CONFIG_NAME, TOKENIZING, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened
+from .embedder import CONFIG_NAME, DiscriminativeLVLM, Encodes, base_of, distinct, loading, opened, tokenizing
 from .families import check_complete, check_finite, check_pictures, check_weights, read_config
 from .metrics import bootstrap_mean
 from .prompts import SUMMARY, Prompt
@@ -70,7 +70,7 @@ class ClipEmbedder(Encodes):
     def prepared(self, items: list, modality: str) -> dict[str, torch.Tensor]:
         "Pixels of opened pictures, or token ids of captions, on the model's device."
         if modality == "text":
-            with TOKENIZING:
+            with tokenizing(self.processor.tokenizer):
                 made = self._tokens(items)
         else:
             made = self.processor.image_processor(items, return_tensors="pt")  # as the folder says; SigLIP 2's processor overrules it
@@ -90,7 +90,7 @@ class ClipEmbedder(Encodes):
 
     def count_cut(self, texts: list[str]) -> int:
         "How many captions are longer than the text tower reads; only those are tokenized that have bytes enough."
-        with TOKENIZING:
+        with tokenizing(self.processor.tokenizer):
             room, _ = self._room
             likely = [t for t in texts if len(t.encode()) > room // 2]
             return sum(len(ids) > room for ids in self.processor.tokenizer(likely, verbose=False).input_ids) if likely else 0

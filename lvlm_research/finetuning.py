@@ -99,6 +99,8 @@ def read_fine_tuning(file: str | Path) -> FineTuning:
         raise InputError(f"{file}: needs {', '.join(map(repr, missing))}")
     if given.get("cache_rows") and given.get("precision") == "16-mixed":
         raise InputError(f"{file}: 'cache_rows' takes gradients before 16-mixed has scaled the loss, so that small ones are lost; use bf16-mixed")
+    if given.get("strategy") == "fsdp" and given.get("precision", "").endswith("-mixed"):
+        raise InputError(f"{file}: 'strategy' fsdp with {given['precision']} keeps a rounded copy of every layer in every process until the backward pass; use bf16-true")
     here = Path(os.path.abspath(file)).parent
     paths = {key: str(here / given[key]) for key in FOLDERS if given.get(key)}
     paths["model"] = str(here / given["model"]) if (here / given["model"]).is_dir() else given["model"]  # else as find_model finds it

@@ -70,6 +70,8 @@ class DrawAhead(L.Callback):
 class FitModule(L.LightningModule):
     "AdamW with linear warm-up and cosine decay over the parameters that require gradients; `note` keeps a history row per step."
 
+    adapts = False  # whether what is frozen is a whole model, and what is trained is added to it
+
     def __init__(self, lr: float = 1e-3, weight_decay: float = 0.0, warmup: float = 0.03, betas: tuple[float, float] = (0.9, 0.98)):
         super().__init__()
         self.save_hyperparameters("lr", "weight_decay", "warmup", "betas")
@@ -344,7 +346,7 @@ def fit(
     module: FitModule,
     draw: Callable[[int], object],  # makes the batch of a step
     steps: int,  # optimiser steps
-    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU; with bf16-true what is frozen is in bfloat16
+    precision: str = "32-true",  # Lightning's name: bf16-mixed on a GPU; with bf16-true adapters stay in full precision, and what they are added to is in bfloat16
     progress: bool = False,
     callbacks: list[L.Callback] | None = None,
     keep: Path | None = None,  # file of the state to go on from
@@ -365,11 +367,12 @@ def fit(
     stream, thread = Stream(draw, first), ThreadPoolExecutor(1)
     callbacks = [DrawAhead(stream, thread), StopWhenLost(kept), *(callbacks or []), *([kept] if kept else [])]  # the last to see a step
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision="32-true" if precision == "bf16-true" else precision, gradient_clip_val=1.0, logger=False,
+    adapts = module.adapts and precision == "bf16-true"
+    trainer = L.Trainer(max_steps=steps, accelerator="auto", plugins=[StateFile()], precision="32-true" if adapts else precision, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress, callbacks=callbacks, **together)
-    if precision == "bf16-true":  # not what is trained: a step is smaller than what bfloat16 can tell apart
+    if adapts:  # not what is trained: a step is smaller than what bfloat16 can tell apart
         for p in module.parameters():
-            p.data = p.data if p.requires_grad else p.data.bfloat16()
+            p.data = p.data.float() if p.requires_grad else p.data.bfloat16()
     module.train().started = time.perf_counter()
     module.spread = spread or []
     with thread:  # which ends with the training

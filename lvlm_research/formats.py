@@ -31,7 +31,7 @@ from datasets import Dataset, DatasetInfo
 
 from .config import InputError, check_file, check_space, json_object, temporary_folder, utf8, visible
 from .datasets import LABELS, LONG_TOKENS, SHORT_TOKENS, Pair, folder_records
-from .embedder import PICTURE, open_image
+from .embedder import PICTURE, open_image, tokenizing
 from .large_batches import own_share
 from .reading import RECORD, coco_pictures, json_lines, json_stream, path_below, text_file, text_lines
 
@@ -465,7 +465,8 @@ def _is_there(record: dict) -> bool:
 
 
 def _token_counts(captions: list[str], tokenizer) -> list[int]:
-    return [len(ids) for ids in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids] if captions else []
+    with tokenizing(tokenizer):
+        return [len(ids) for ids in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids] if captions else []
 
 
 def sort_captions(captions: list[str], tokenizer) -> tuple[list[str], list[str]]:
@@ -616,8 +617,10 @@ def _fetch(records: list[dict]) -> None:
 
 def _pair(record: dict) -> Pair | None:
     "Opened; None, with a warning, if the picture is broken."
+    picture = record["picture"]
+    lies = hashlib.blake2b(picture.getbuffer()).hexdigest() if record["at"] else record["image"]  # a table with pictures inside repeats one in every row
     try:
-        return Pair(open_image(record["picture"], record["where"] if record["at"] else ""), record["short"], record["long"], record["where"], f"{record['image']} {record['at']}")
+        return Pair(open_image(picture, record["where"] if record["at"] else ""), record["short"], record["long"], record["where"], lies)
     except InputError as error:
         warnings.warn(f"left out: {error}")
         return None

@@ -22,37 +22,39 @@ __all__ = ['FOLDED_BYTES', 'FusedLora', 'FusedNorm', 'fuse', 'folded']
 
 # %% ../nbs/05e_fused.ipynb #1d075d06
 class _LoraProduct(torch.autograd.Function):
-    "`x W' + bias + scale (x A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; all of one dtype, but for A and B, which may be kept in full precision and are rounded here."
+    "`x W' + bias + scale (d A') B'` for rows `(..., in)`, with `weight` and `bias` frozen; d is what dropout leaves of x, None for x itself. All of one dtype, but for A and B, which may be kept in full precision and are rounded here."
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        rows, thin, ctx.kept = x.flatten(0, -2), None, a.dtype
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        ctx.scale, ctx.summed = scale, x.dtype.itemsize >= 4 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
+    def forward(ctx, x: torch.Tensor, dropped: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        rows, thin, ctx.kept, ctx.drops = x.flatten(0, -2), None, a.dtype, dropped is not None
+        a, b, left = a.to(x.dtype), b.to(x.dtype), x if dropped is None else dropped
+        ctx.scale, ctx.summed = scale, not ctx.drops and x.dtype.itemsize >= 4 and len(rows) * sum(weight.shape) >= weight.numel()  # what the thin products cost, and the sum
         if ctx.summed:
             found = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
         else:
-            thin = rows @ a.T
+            thin = left.flatten(0, -2) @ a.T
             found = F.linear(rows, weight, bias).addmm_(thin, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, thin)
+        ctx.save_for_backward(left, weight, a, b, thin)
         return found.unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        x, weight, a, b, thin = ctx.saved_tensors
-        rows, to_x, to_a, to_b = x.flatten(0, -2), None, None, None
-        with torch.autocast(x.device.type, enabled=False):
+        left, weight, a, b, thin = ctx.saved_tensors
+        rows, to_x, to_dropped, to_a, to_b = left.flatten(0, -2), None, None, None, None
+        with torch.autocast(left.device.type, enabled=False):
             gradient = gradient.flatten(0, -2)
             through_b = (gradient @ b).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
-                to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else (gradient @ weight).addmm_(through_b, a)
-                to_x = to_x.unflatten(0, x.shape[:-1])
-            if ctx.needs_input_grad[3]:
-                to_a = through_b.T @ rows
+                to_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.summed else gradient @ weight if ctx.drops else (gradient @ weight).addmm_(through_b, a)
+                to_x = to_x.unflatten(0, left.shape[:-1])
+            if ctx.needs_input_grad[1]:
+                to_dropped = (through_b @ a).unflatten(0, left.shape[:-1])
             if ctx.needs_input_grad[4]:
+                to_a = through_b.T @ rows
+            if ctx.needs_input_grad[5]:
                 to_b = ((rows @ a.T if thin is None else thin).T @ gradient).mul_(ctx.scale).T  # a product with few rows is faster than one with few columns
-        return to_x, None, None, to_a if to_a is None else to_a.to(ctx.kept), to_b if to_b is None else to_b.to(ctx.kept), None
+        return to_x, to_dropped, None, None, to_a if to_a is None else to_a.to(ctx.kept), to_b if to_b is None else to_b.to(ctx.kept), None
 
 
 def _is_plain(layer: LoraLinear) -> bool:
@@ -66,21 +68,23 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 
 class FusedLora(LoraLinear):
-    "A LoRA layer of peft that computes as one operation where it is plain LoRA, and neither drops out nor is under autocast; elsewhere it is peft's own."
+    "A LoRA layer of peft that computes as one operation where it is plain LoRA, and not under autocast; elsewhere it is peft's own."
 
     def _fuses(self, x: torch.Tensor) -> bool:
         kind = x.device.type
         if x.ndim < 2 or not _is_plain(self) or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return False
         name = self.active_adapters[0]
-        dropout, kept = self.lora_dropout[name], {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
-        return (isinstance(dropout, nn.Identity) or not dropout.training) and x.dtype == self.get_base_layer().weight.dtype and kept in ({x.dtype}, {torch.float32})
+        kept = {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
+        return x.dtype == self.get_base_layer().weight.dtype and kept in ({x.dtype}, {torch.float32})
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not self._fuses(x):
             return super().forward(x, *args, **kwargs)
         base, name = self.get_base_layer(), self.active_adapters[0]
-        return _LoraProduct.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        dropout = self.lora_dropout[name]
+        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training else None
+        return _LoraProduct.apply(x, dropped, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
 
 # %% ../nbs/05e_fused.ipynb #91931efe
 class _NormProduct(torch.autograd.Function):

@@ -644,7 +644,7 @@ def run_graph(
         elif (folder / status_file("report")).is_file() and not (folder / SEAL).is_file():
             seal(folder)
     if code:
-        again = shlex.join(["lvlm-research", "update", "--profile", profile, *(["--results", results] if results else []), *(["--cluster", cluster] if cluster else [])])
+        again = shlex.join(["lvlm-research", "update", "--profile", profile, *(["--results", results] if results else []), *(["--only", only] if only else []), *(["--cluster", cluster] if cluster else [])])
         why = "the scheduler was killed" if code < 0 else f"stage {', '.join(killed)} was killed" if killed else f"see the line above and {folder / 'failures'}"
         raise InputError(f"the run stopped: {why}; `{again}` goes on from there")
     return folder
@@ -706,19 +706,22 @@ def files_of(folder: Path) -> list[str]:
 
 
 def sealing(folder: Path) -> str:
-    "The command that seals the results as they are; of a published reference, the one that publishes."
+    "How results are sealed as they are, and a published reference is brought back."
+    if not (folder / "profile.json").is_file():
+        return f"bring back what was published: {shlex.join(['git', 'checkout', '--', str(folder)])}"
     try:
         mark = _mark(folder)
-    except InputError:  # published, or edited
-        return "lvlm-research reference"
-    return shlex.join(["lvlm-research", "stage", "report", "--profile", str(mark.get("file") or mark.get("profile") or "PROFILE"), "--results", str(folder)])
+    except InputError:
+        mark = {}
+    command = ["lvlm-research", "stage", "report", "--profile", str(mark.get("file") or mark.get("profile") or "PROFILE"), "--results", str(folder)]
+    return f"seal the results as they are: {shlex.join(command)}"
 
 
 def seal(folder: Path) -> Path:
     "Write the hashes of all that lies in a finished results folder: what stages wrote, and logs, statuses and what notebooks outside the graph have left."
     names = files_of(folder)
     if strange := [name for name in names if "\n" in name or "\r" in name or any("\ud800" <= letter <= "\udfff" for letter in name)]:
-        raise InputError(f"{folder}: the name of {strange[0]!r} cannot stand in {SEAL}; rename or remove this file, then `{sealing(folder)}`")
+        raise InputError(f"{folder}: the name of {strange[0]!r} cannot stand in {SEAL}; rename or remove this file, then {sealing(folder)}")
     return write_text(folder / SEAL, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 

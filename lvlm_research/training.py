@@ -64,6 +64,8 @@ Contrast = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of image and 
 class EmbedderModule(FitModule):
     "Trains an embedder, on one device or with the layers of its trunk spread over several processes."
 
+    adapts = True
+
     def __init__(self, embedder: DiscriminativeLVLM, **optimiser):
         super().__init__(**optimiser)
         self.embedder = embedder

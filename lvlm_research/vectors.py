@@ -263,7 +263,7 @@ def _check_same(place: Path, found: dict, wanted: dict) -> None:
 
 def _check_place(out: Path) -> None:
     "InputError for a place that cannot be written, or holds something else."
-    if out.suffix in FILES if out.is_dir() else out.suffix not in FILES and (out.is_file() or out.suffix.lower() in OTHER_FILES):
+    if out.suffix in FILES if out.is_dir() else out.suffix not in FILES and (out.is_file() or out.suffix.lower() in (*FILES, *OTHER_FILES)):
         raise InputError(f"{out}: give a folder, or a file .parquet or .npy")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"{out}: cannot be written; give a place in an existing folder")
@@ -555,7 +555,7 @@ def search(
     "The best rows for every query: query, rank, score, id, kind, caption, text; InputError if the index is of another model."
     if engine == "faiss":
         needs("faiss", "search", " (worth it for millions of rows that are searched often), or leave --engine out")
-    queries = [queries] if isinstance(queries, str) or is_one_picture(queries) else list(queries)
+    queries = [queries] if isinstance(queries, str) or is_one_picture(queries) and getattr(queries, "ndim", 2) > 1 else list(queries)
     if not queries:
         raise InputError("nothing to search for: the list is empty")
     pictures, vectors = [_is_picture(query) for query in queries], Vectors(index)

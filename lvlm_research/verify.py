@@ -104,11 +104,11 @@ def read_seal(folder: Path) -> dict[str, str]:
     "Name -> sha256 of all files that lay there when the run was finished."
     file, line = folder / SEAL, re.compile("([0-9a-f]{64})  (.+)\n")
     if not file.is_file():
-        raise InputError(f"{file}: is missing; `{sealing(folder)}` seals the results as they are")
+        raise InputError(f"{file}: is missing; {sealing(folder)}")
     lines = [f"{line}\n" for line in read_text(file).removesuffix("\n").split("\n")]  # not at the other ends of lines that Unicode knows
     sealed = {found[2]: found[1] for found in map(line.fullmatch, lines) if found}
     if not sealed or "".join(f"{sealed[name]}  {name}\n" for name in sorted(sealed)) != "".join(lines):
-        raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; `{sealing(folder)}` writes it again")
+        raise InputError(f"{file}: was edited: it must hold lines of a sha256, two spaces and a name, by name; {sealing(folder)}")
     return sealed
 
 
@@ -123,7 +123,7 @@ def check_seal(folder: Path, found: Verification) -> None:
     named = {problem.partition(": ")[0] for problem in found.problems}
     for name in sorted({*sealed, *there} - named):
         if name not in sealed:
-            found.problems.append(f"{name}: was not there when the run was finished; remove it, or seal it with `{sealing(folder)}`")
+            found.problems.append(f"{name}: was not there when the run was finished; remove it, or {sealing(folder)}")
         elif name not in there:
             found.problems.append(f"{name}: is missing; it was there when the run was finished")
         elif sha256(folder / name) != sealed[name]:

@@ -32,6 +32,7 @@ from lvlm_research.config import InputError, set_threads
 from lvlm_research.datasets import JointBatch, joint_batches, scene_pairs
 from lvlm_research.embedder import DiscriminativeLVLM, Encodes, ahead, open_image
 from lvlm_research.evaluation import ClipEmbedder, load_embedder, model_signature
+from lvlm_research.fitting import FitModule, fit
 from lvlm_research.finetuning import FineTuning, fine_tune, read_fine_tuning
 from lvlm_research.scenes import sample_scenes, scene_images, short_caption
 from lvlm_research.training import VARIANTS, Discriminative, prepare
@@ -319,6 +320,15 @@ def test_an_iterator_may_fill_one_picture_again_and_again(embedder, scenes):
     expected.append(embedder.encode_image([p for p, _ in scenes[:3]]))
     for given, rows in zip((ImageSequence.Iterator(film), filled()), expected):
         assert torch.equal(embedder.encode_image(given), rows) and (rows[0] - rows[1]).abs().max() > 1e-3
+
+    class Frames:
+        def __iter__(self):
+            return filled()
+
+    assert torch.equal(embedder.encode_image(Frames()), expected[1])
+    torn = encoded(frames[0])[:200]
+    with pytest.raises(InputError, match="picture 1: not a readable image"):
+        embedder.encode_image(Image.open(io.BytesIO(content)) for content in (encoded(frames[0]), torn))
 
 
 def test_threads_may_share_a_model_or_have_one_each(scenes):
@@ -651,6 +661,7 @@ def test_search_is_the_order_of_all_cosines(index, scenes, out, kind):
 def test_one_query_alone_is_one_query(index, scenes):
     one, listed = search(index / "x", scenes[3][1], top=3), search(index / "x", [scenes[3][1]], top=3)
     assert one.equals(listed) and search(index / "x", scenes[3][0], top=3)["query"].nunique() == 1
+    assert search(index / "x", np.array([scenes[3][1], "a ring"]), top=3)["query"].tolist() == [scenes[3][1]] * 3 + ["a ring"] * 3
     with pytest.raises(InputError, match="nothing to search for"):
         search(index / "x", [])
 
@@ -812,6 +823,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights(scenes, tmp_path, capsy
     ({"step": 3}, "config.json: unknown key 'step'; did you mean 'steps'"),
     ({"learning_rate": 1e-3}, "unknown key 'learning_rate'.*lr"),
     ({"variant": "vladav"}, "did you mean 'vladva'"),
+    ({"strategy": "fsdp", "precision": "bf16-mixed"}, "'strategy' fsdp with bf16-mixed keeps .*; use bf16-true"),
     ({"lr": "1e-3"}, "'lr' must be a positive number below .*, not '1e-3'"),
     ({"steps": 2.5}, "'steps' must be a positive whole number"),
     ({"seed": -1}, "'seed' must be 0 or a positive whole number"),
@@ -895,13 +907,15 @@ def test_an_adapter_fits_its_base_in_every_precision(base_folder, scenes, tmp_pa
         stored.templates.processor.save_pretrained(tmp_path / f"{dtype}")
         DiscriminativeLVLM.from_pretrained(tmp_path / f"{dtype}").add_lora().save_pretrained(tmp_path / f"adapter of {dtype}")
         assert load_embedder(tmp_path / f"adapter of {dtype}", dtype=torch.float16).model.dtype == torch.float16
+        again = load_embedder(tmp_path / f"adapter of {dtype}", dtype=torch.float16).save_pretrained(tmp_path / f"again of {dtype}")
+        assert load_embedder(again).model.dtype == torch.float32
     with pytest.raises(InputError, match="trained on other base weights"):
         DiscriminativeLVLM.from_pretrained(adapter, base=tmp_path / "torch.float32", dtype=torch.float16)
 
 
 def test_what_is_trained_in_half_precision_is_kept_in_full(base_folder, scenes, tmp_path):
     "A step of a usual learning rate is smaller than what bfloat16 can add to a temperature of 14, or to a soft prompt."
-    file = one_picture(tmp_path, scenes[0][0], "a star", model=str(base_folder), precision="bf16-true", lr=1e-4, batch=2)
+    file = one_picture(tmp_path, scenes[0][0], "a star", model=str(base_folder), precision="bf16-true", lr=1e-4, batch=2)  # with the usual dropout
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "captions": [scenes[i][1], "it shows " + f"{scenes[i][1]} and nothing else, " * 4]}) + "\n" for i in range(2)))
     Image.fromarray(scenes[1][0]).save(tmp_path / "1.png")
     before = DiscriminativeLVLM.from_pretrained(base_folder).add_soft_prompts().soft_prompts
@@ -912,6 +926,20 @@ def test_what_is_trained_in_half_precision_is_kept_in_full(base_folder, scenes, 
     changes = [(p - q).abs().max().item() for p, q in zip(module.embedder.soft_prompts.parameters(), before.parameters())]
     assert all(0 < change < 3e-4 for change in changes)
     assert torch.isfinite(load_embedder(tmp_path / "trained").encode_text("a red star")).all()
+
+
+def test_a_base_is_trained_in_half_precision_as_lightning_does(tmp_path):
+    "It has no frozen model that adapters are added to: what is frozen and what is trained have one precision."
+    class Half(FitModule):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.projector = torch.nn.Linear(4, 4).requires_grad_(False), torch.nn.Linear(4, 4)
+
+        def training_step(self, batch, index):
+            return self.projector(self.tower(batch.to(self.tower.weight.dtype))).float().square().mean()
+
+    module = fit(Half(), lambda step: torch.ones(2, 4), 2, "bf16-true")
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
 def test_soft_prompts_are_of_a_chat_template(base_folder, tmp_path):

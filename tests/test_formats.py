@@ -525,13 +525,16 @@ def test_pictures_of_one_name_are_each_a_record(tmp_path):
     assert [Path(where).name for where in records["where"]] == ["a.jpg", "a.png", "b"]
 
 
-def test_captions_of_one_picture_are_no_negatives_of_each_other(tmp_path):
-    "A table with a caption a row brings them into one batch."
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_captions_of_one_picture_are_no_negatives_of_each_other(kind, tmp_path):
+    "A table with a caption a row brings them into one batch, with paths of pictures or with the pictures themselves."
     for i in range(2):
         Image.new("RGB", (8, 8), ("red", "blue")[i]).save(tmp_path / f"{i}.png")
-    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,a star {i} {k}\n" for i in range(2) for k in range(3)))
+    rows = [(i, f"a star {i} {k}") for i in range(2) for k in range(3)]
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,{caption}\n" for i, caption in rows))
+    pq.write_table(pa.table({"image": [(tmp_path / f"{i}.png").read_bytes() for i, _ in rows], "caption": [caption for _, caption in rows]}), tmp_path / "captions.parquet")
     embedder = DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "llava-micro")
-    batch = joint_batches(embedder.templates, record_pairs(read_records(tmp_path / "captions.csv"), 6, embedder.templates.tokenizer, 0))(0)
+    batch = joint_batches(embedder.templates, record_pairs(read_records(tmp_path / f"captions.{kind}"), 6, embedder.templates.tokenizer, 0))(0)
     caption, picture = batch.same.T
     assert len(caption.unique()) == 6 and picture.unique(return_counts=True)[1].tolist() == [3, 3]
     module, noted = Discriminative(prepare(embedder, VARIANTS["soft"])), {}
