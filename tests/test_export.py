@@ -250,3 +250,11 @@ assert "lvlm_research" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", program, *map(str, sorted(tmp_path.iterdir()))], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_an_embedder_in_bfloat16_can_be_exported(tmp_path):
+    "What it is compared with is rounded too; the cosines of both agree as far as that precision can tell."
+    half = DiscriminativeLVLM.from_pretrained(CHECKPOINTS / "vladva-micro", dtype=torch.bfloat16)
+    exported = load_embedder(half.export(tmp_path / "plain"))
+    texts = ["a red star", "two things, one of them a ring"]
+    assert ((exported.encode_text(texts) * half.encode_text(texts)).sum(-1) > 0.99).all()
