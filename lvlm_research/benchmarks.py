@@ -31,7 +31,7 @@ __all__ = ['DOMAINS', 'TEMPLATES', 'SUITE_SEED', 'Score', 'Benchmark', 'Retrieva
 # %% ../nbs/04_benchmarks.ipynb #0067d5d1
 @dataclass(frozen=True)
 class Score:
-    "Per-item values of one metric; items of one group are not independent and are resampled together."
+    "Per-item values of one metric; items of one group are not independent and are resampled together, in whatever subsets of the benchmark they are."
 
     subset: str
     metric: str
@@ -54,7 +54,7 @@ class Benchmark:
 # %% ../nbs/04_benchmarks.ipynb #d7a21119
 @dataclass
 class Retrieval(Benchmark):
-    "R@k in both directions; `image_of_text[m]` is the picture of caption m. `label_of_image` makes it a class-level test: any picture of the class is right."
+    "R@k in both directions; `image_of_text[m]` is the picture of caption m."
 
     image_of_text: np.ndarray = field(default_factory=lambda: np.array([]))
     subset: str = "in domain"
@@ -63,8 +63,9 @@ class Retrieval(Benchmark):
         hits, n, m = retrieval_hits(image, text, self.image_of_text), len(image), len(text)
         captions, pictures = np.unique(np.bincount(self.image_of_text, minlength=n), return_counts=True)  # COCO has pictures with five, six and seven
         by_chance = lambda k: float(np.average([chance(k, m, int(c)) for c in captions], weights=pictures))
-        return [Score(self.subset, f"t2i R@{k}", v, chance(k, n), self.image_of_text) for k, v in hits["t2i"].items()] + [
-            Score(self.subset, f"i2t R@{k}", v, by_chance(k)) for k, v in hits["i2t"].items()]
+        names = np.array([f"{self.subset} {i}" for i in range(n)])  # of pictures: those of another gallery are others
+        return [Score(self.subset, f"t2i R@{k}", v, chance(k, n), names[self.image_of_text]) for k, v in hits["t2i"].items()] + [
+            Score(self.subset, f"i2t R@{k}", v, by_chance(k), names) for k, v in hits["i2t"].items()]
 
 # %% ../nbs/04_benchmarks.ipynb #18394e39
 def _captions_unique_in(scenes: Scenes, number: int, rng: np.random.Generator, tries: int = 60) -> Iterator[tuple[int, list[str]]]:
@@ -272,7 +273,7 @@ class SharedRetrieval(Benchmark):
     def score(self, image, text):
         similarity, relevant = text @ image.T, torch.as_tensor(self.relevant)
         scores, first_picture = [], self.relevant.argmax(1)  # captions of one picture are not independent
-        for direction, s, r, groups in (("t2i", similarity, relevant, first_picture), ("i2t", similarity.T, relevant.T, None)):
+        for direction, s, r, groups in (("t2i", similarity, relevant, first_picture), ("i2t", similarity.T, relevant.T, np.arange(len(image)))):
             for k, values in expected_hits(s, r).items():
                 guess = expected_hits(torch.zeros_like(s), r, (k,))[k].mean()
                 scores.append(Score("folder", f"{direction} R@{k}", values, float(guess), groups))

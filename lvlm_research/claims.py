@@ -43,7 +43,7 @@ class Evidence:
         return {file.stem: load_scores(file) for file in sorted((self.results / "items").glob("*.npz"))}
 
     def contrast(self, weights: dict[str, float], keys: tuple[Key, ...]) -> Estimate:
-        "Weighted sum of models' scores, mean over benchmarks `keys`, in percentage points, paired over items."
+        "Weighted sum of models' scores, mean over `keys` of one benchmark, in percentage points, paired over items."
         total = [sum(w * self.scores[model][key][0] for model, w in weights.items()) for key in keys]
         groups = [self.scores[next(iter(weights))][key][1] for key in keys]
         value, low, high = bootstrap_mean(total, groups, self.draws)

@@ -20,7 +20,7 @@ from .evaluation import DUAL_ENCODERS
 from .families import check_weights, load_processor, read_config, skeleton
 from .formats import recognise
 from .prompts import SUMMARY, read_prompts
-from .public_benchmarks import public_suite
+from .public_benchmarks import public_suite, validation_set
 from .reproduce import Stage, needed_for, sources, stages, stages_left_out
 from .training import VARIANTS, Variant
 
@@ -130,11 +130,18 @@ def _benchmark(task: str, data: str, images: str) -> Missing | None:
         return Missing(str(error), PUBLISHED.get(task, (0, 0))[0] * PICTURE_BYTES)
 
 
+def _validation(profile: Profile) -> Missing | None:
+    try:
+        validation_set(profile)
+    except InputError as error:
+        return Missing(str(error), PUBLISHED.get(profile.validation["task"], (0, 0))[0] * PICTURE_BYTES)
+
+
 def missing_sources(profile: Profile) -> dict[str, Missing]:
     "What a profile names and is not there, by what it is; empty for a profile of the made world."
     checks = {f"model {name}": _model(model) for name, model in profile.models.items()} | {f"benchmark {task}": _benchmark(task, **places) for task, places in profile.benchmarks.items()}
     if profile.training:
-        checks |= {"training": _training(profile.training), "validation": _benchmark(**profile.validation)}
+        checks |= {"training": _training(profile.training), "validation": _validation(profile)}
     return {name: missing for name, missing in checks.items() if missing}
 
 

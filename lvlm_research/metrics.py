@@ -184,25 +184,46 @@ def topk_hits(image: torch.Tensor, classes: torch.Tensor, labels: np.ndarray, ks
 # %% ../nbs/11_metrics.ipynb #49cb8db1
 def bootstrap_mean(
     parts: list[np.ndarray],  # per-item scores, one array `(N,)` a category
-    groups: list[np.ndarray | None] | None = None,  # per category, the group of each item (whole groups are drawn)
+    groups: list[np.ndarray | None] | None = None,  # per category, the group of each item: whole groups are drawn, and one that several categories have for all of them at once
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    "Mean over categories of their means, and both ends of its 95 % interval (stratified bootstrap); ValueError for a category without items, or a score that is no number."
+    "Mean over categories of their means, and both ends of its 95 % interval (bootstrap, stratified by what shares no group); ValueError for a category without items, or a score that is no number."
     if not parts or not all(map(len, parts)):
         raise ValueError("no items: a mean over an empty set has no interval")
     if not all(np.isfinite(np.asarray(values, float)).all() for values in parts):
         raise ValueError("a score is NaN or infinite: its mean says nothing")
-    rng, columns = np.random.default_rng(seed), []
-    for values, group in zip(parts, groups or [None] * len(parts)):
-        values = np.asarray(values, float)
-        index = np.arange(len(values)) if group is None else np.unique(group, return_inverse=True)[1]
-        sums, sizes = np.bincount(index, values), np.bincount(index)
-        picks = [rng.integers(0, len(sums), len(sums)) for _ in range(draws)]
-        columns.append([values.mean()] + [sums[p].sum() / sizes[p].sum() for p in picks])
-    means = np.mean(columns, axis=0)
-    low, high = np.quantile(means[1:], (0.025, 0.975))
-    return float(means[0]), float(low), float(high)
+    rng, groups = np.random.default_rng(seed), groups or [None] * len(parts)
+    drawn = np.empty((draws, len(parts)))
+    for members in _connected(groups):
+        drawn[:, members] = _redrawn([np.asarray(parts[i], float) for i in members], [groups[i] for i in members], draws, rng)
+    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
+    return float(np.mean([np.mean(values, dtype=float) for values in parts])), float(low), float(high)
+
+
+def _connected(groups: list[np.ndarray | None]) -> list[list[int]]:
+    "Numbers of the categories, those together that have groups in common, be it by way of a third."
+    found: list[tuple[list[int], set]] = []
+    for number, group in enumerate(groups):
+        names = set() if group is None else set(np.unique(group).tolist())
+        met = [part for part in found if part[1] & names]
+        found = [part for part in found if part not in met] + [(sum((part[0] for part in met), []) + [number], names.union(*(part[1] for part in met)))]
+    return [numbers for numbers, _ in found]
+
+
+def _redrawn(parts: list[np.ndarray], groups: list[np.ndarray | None], draws: int, rng: np.random.Generator) -> np.ndarray:
+    "Means `(draws, parts)` under one draw of groups for all parts; a draw that leaves a part without items is drawn again."
+    names = [np.arange(len(values)) if group is None else group for values, group in zip(parts, groups)]
+    unique, index = np.unique(np.concatenate(names), return_inverse=True)
+    places = np.split(index, np.cumsum([len(values) for values in parts])[:-1])
+    sums = np.stack([np.bincount(place, values, len(unique)) for place, values in zip(places, parts)])
+    sizes = np.stack([np.bincount(place, minlength=len(unique)) for place in places])
+    means = np.empty((draws, len(parts)))
+    for draw in range(draws):
+        while not (count := sizes[:, pick := rng.integers(0, len(unique), len(unique))].sum(1)).all():
+            pass
+        means[draw] = sums[:, pick].sum(1) / count
+    return means
 
 # %% ../nbs/11_metrics.ipynb #9165413c
 def paired_difference(

@@ -30,7 +30,7 @@ __all__ = ['NOCAPS_DOMAINS', 'IMAGENET_FILES', 'POPE_SETS', 'CAPTION_RULES', 'TA
            'read_captions', 'read_gallery', 'read_nocaps', 'CaptionChoice', 'read_sugarcrepe', 'read_sugarcrepe_pp',
            'read_winoground', 'PictureChoice', 'read_mmvp_vlm', 'read_imagenet', 'says_yes', 'YesNo', 'read_pope',
            'word_counts', 'caption_rules', 'word_count_rule', 'always_yes', 'Task', 'task_of', 'public_suite',
-           'text_only_scores', 'profile_suite', 'validation_gallery']
+           'text_only_scores', 'profile_suite', 'validation_set', 'validation_gallery']
 
 # %% ../nbs/04a_public_benchmarks.ipynb #62918d86
 def _rows(file: Path) -> list[tuple[str, list[str]]]:
@@ -77,15 +77,15 @@ class Captioned(NamedTuple):
     domain: str = ""
 
 
-def _of_karpathy(file: Path) -> list[Captioned]:
+def _of_karpathy(file: Path, split: str) -> list[Captioned]:
     "Karpathy's JSON holds all splits; a COCO record also names the folder of its picture."
     with json_stream(file) as stream:
         images = (r for key, r in stream.members() if key == "images")
         placed = ((f"{file}, images, record {i}", r) for i, r in enumerate(images, 1))
-        records = [(where, r) for where, r in placed if field_of(r, "split", where) == "test"]
+        records = [(where, r) for where, r in placed if field_of(r, "split", where) == split]
         stream.end()
     if not records:
-        raise InputError(f"{file}: no picture has the split 'test'; fetch it again")
+        raise InputError(f"{file}: no picture has the split {split!r}; fetch it again")
     name = lambda r, where: "/".join(field_of(r, key, where) for key in ("filepath", "filename") if key in r or key == "filename")
     return [Captioned(name(r, where), [field_of(s, "raw", where) for s in field_of(r, "sentences", where, list)], where) for where, r in records]
 
@@ -114,7 +114,7 @@ def _of_csv(file: Path) -> list[Captioned]:
     return list(found.values())
 
 
-def _form(file: Path) -> Callable[[Path], list[Captioned]]:
+def _form(file: Path, split: str) -> Callable[[Path], list[Captioned]]:
     "The reader for a file, by how it begins and by the first of its images."
     with text_file(file) as handle:
         if handle.read(13) == "image,caption":
@@ -125,12 +125,15 @@ def _form(file: Path) -> Callable[[Path], list[Captioned]]:
         if first == "[":
             return _of_blip
         image = next((r for key, r in stream.members() if key == "images"), None)
-    return _of_karpathy if isinstance(image, dict) and "file_name" not in image and {"split", "filename", "sentences"} & image.keys() else _of_coco
+    return partial(_of_karpathy, split=split) if isinstance(image, dict) and "file_name" not in image and {"split", "filename", "sentences"} & image.keys() else _of_coco
 
 
-def read_captions(file: Path) -> list[Captioned]:
+def read_captions(
+    file: Path,
+    split: str = "test",  # of Karpathy's JSON, test or val; other files hold one
+) -> list[Captioned]:
     "Pictures with their captions from any of the four published forms, which are told apart by what they hold."
-    found, first = _form(file)(file), {}
+    found, first = _form(file, split)(file), {}
     for f in found:
         if not f.captions:
             raise InputError(f"{f.where}: picture {f.picture!r} has no caption; add one or remove the record")
@@ -148,10 +151,10 @@ def _gallery(name: str, subset: str, found: list[Captioned], images: Path) -> Re
     return Retrieval(name, [path_below(images, f.picture, f.where) for f in found], texts, numbers, subset)
 
 
-def read_gallery(name: str, files: tuple[str, ...], data: Path, images: Path) -> list[Benchmark]:
+def read_gallery(name: str, files: tuple[str, ...], data: Path, images: Path, split: str = "test") -> list[Benchmark]:
     "One gallery; the subset is the name of its file, so that two test sets of one name are never mixed up."
     file = _one_of(data, files)
-    return [_gallery(name, file.stem, read_captions(file), images)]
+    return [_gallery(name, file.stem, read_captions(file, split), images)]
 
 
 NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
@@ -365,19 +368,24 @@ class Task:
     note: str
     rules: Callable[[list], dict[str, list[Score]]] | None = None
     rules_note: str = ""
+    validation: Callable[[Path, Path], list[Benchmark]] | None = None  # reads pictures that prompts may be compared on; the last gallery is taken
 
 
-_FLICKR30K_FILES = ("dataset_flickr30k.json", "flickr30k_test.json", "flickr30k_test_karpathy.txt")
-_COCO_FILES = ("dataset_coco.json", "coco_karpathy_test.json", "coco_test_karpathy.json", "captions_val2017.json")
 _RECALL = "all captions are kept; ties are shared"
 _MEANS = "mean: every category counts alike; item-weighted: every item does"
 _WORDS = "words are runs of [a-z0-9'] in lower case"
 _COUNTS = "n counts what a value is a mean of"
 
+
+def _gallery_task(name: str, files: tuple[str, ...]) -> Task:
+    read = partial(read_gallery, name, files)
+    return Task(read, f"the subset is the file; {_RECALL}", validation=partial(read, split="val"))
+
+
 TASKS = {
-    "flickr30k": Task(partial(read_gallery, "flickr30k", _FLICKR30K_FILES), f"the subset is the file; {_RECALL}"),
-    "coco": Task(partial(read_gallery, "coco", _COCO_FILES), f"the subset is the file; {_RECALL}"),
-    "nocaps": Task(read_nocaps, f"validation set; each domain is a gallery of its own; {_RECALL}"),
+    "flickr30k": _gallery_task("flickr30k", ("dataset_flickr30k.json", "flickr30k_test.json", "flickr30k_test_karpathy.txt")),
+    "coco": _gallery_task("coco", ("dataset_coco.json", "coco_karpathy_test.json", "coco_test_karpathy.json", "captions_val2017.json")),
+    "nocaps": Task(read_nocaps, f"validation set; each domain is a gallery of its own; {_RECALL}", validation=read_nocaps),
     "sugarcrepe": Task(
         read_sugarcrepe,
         f"accuracy gives half a point for a tie, strict accuracy (as published) none; {_MEANS}; published values of swap_obj are k/246, its file has 245 items",
@@ -428,6 +436,29 @@ def profile_suite(profile: Profile) -> list[Benchmark]:
     return [bench for task, places in profile.benchmarks.items() for bench in public_suite(task, **places)]
 
 
+def validation_set(profile: Profile) -> Retrieval:
+    "The gallery that a profile names for validation, whole; InputError if the task is no retrieval, or a picture is also in a benchmark of the profile."
+    task, data, images = (profile.validation[name] for name in ("task", "data", "images"))
+    if (read := task_of(task).validation) is None:
+        able = ", ".join(name for name, t in TASKS.items() if t.validation)
+        raise InputError(f"validation: task {task!r} is no retrieval; use one of {able}")
+    whole = read(Path(data), Path(images))[-1]
+    check_pictures([whole])
+    chosen = {os.path.realpath(p) for p in whole.images}
+    for name, places in profile.benchmarks.items():
+        if both := sorted(chosen & _tested(name, **places)):
+            raise InputError(f"{data}: {len(both):,} of {len(chosen):,} pictures are also in benchmark {name}, first {both[0]!r}; prompts must not be chosen on them, give another validation set")
+    return whole
+
+
+def _tested(task: str, data: str, images: str) -> set[str]:
+    "Real paths of a benchmark's pictures; none where its files cannot be read, as nothing is scored then."
+    try:
+        return {os.path.realpath(p) for b in task_of(task).read(Path(data), Path(images)) for p in b.images}
+    except InputError:
+        return set()
+
+
 def validation_gallery(
     profile: Profile,
     seed: int,  # of made scenes
@@ -435,9 +466,7 @@ def validation_gallery(
     "Pictures of no test set, with a caption each, as many as the profile studies (or there are)."
     if not profile.validation:
         return scene_retrieval(profile.study_images, 1, SIZES_OF_MODELS[profile.size].image, np.random.default_rng(seed), "validation", "validation")
-    whole = public_suite(**profile.validation)[-1]
-    if not isinstance(whole, Retrieval):
-        raise InputError(f"validation: task {profile.validation['task']!r} is no retrieval; use flickr30k, coco or nocaps")
+    whole = validation_set(profile)
     pictures, first = np.unique(whole.image_of_text, return_index=True)
     first = first[: profile.study_images]
     return Retrieval("retrieval", [whole.images[i] for i in pictures[: len(first)]], [whole.texts[i] for i in first], np.arange(len(first)), "validation")

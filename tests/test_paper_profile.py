@@ -15,6 +15,7 @@ from lvlm_research.backbones import world_tokenizer
 from lvlm_research.config import InputError, find_model, profile_of, sha256
 from lvlm_research.dry_run import check_sources, model_size, plan
 from lvlm_research.embedder import DiscriminativeLVLM, adapter_config
+from lvlm_research.public_benchmarks import validation_gallery
 from lvlm_research.reproduce import check_parameters, fingerprint, is_current, notebook_path, results_folder, signatures, stages
 from lvlm_research.scenes import NEGATIVE_TYPES, long_caption, sample_scenes, scene_images, short_caption
 from lvlm_research.zoo import micro_family
@@ -41,7 +42,7 @@ def profile(tmp_path_factory):
     names = [f"{i}.png" for i in range(10)]
     pictures = folder / "pictures"
     for i, pixels in enumerate(scene_images(scenes, 40)):
-        for path in (pictures / names[i], pictures / f"ex_{i}.png", pictures / f"n{i % 2}/{i}.jpg"):
+        for path in (pictures / names[i], pictures / f"ex_{i}.png", pictures / f"n{i % 2}/{i}.jpg", folder / "validation" / names[i]):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     write(pictures / "captions.jsonl", "".join(json.dumps({"image": n, "captions": [s, l]}) + "\n" for n, s, l in zip(names, short, long)))
@@ -59,7 +60,7 @@ def profile(tmp_path_factory):
     places = {"flickr30k": "flickr30k_test.json", "sugarcrepe": "sugarcrepe", "sugarcrepe_pp": "sugarcrepe_pp", "winoground": "examples.jsonl", "imagenet": "imagenet"}
     write(folder / "toy.json", {
         "extends": "paper", "models": {"base": "llava", "qwen2-vl": "qwen2_vl"}, "training": {"data": "pictures"},
-        "validation": {"task": "flickr30k", "data": "val.json", "images": "pictures"}, "benchmarks": {task: {"data": data, "images": "pictures"} for task, data in places.items()},
+        "validation": {"task": "flickr30k", "data": "val.json", "images": "validation"}, "benchmarks": {task: {"data": data, "images": "pictures"} for task, data in places.items()},
         "train_steps": 2, "train_batch": 4, "cache_rows": 2, "precision": "32-true", "study_images": 6, "draws": 50})
     return folder / "toy.json"
 
@@ -123,7 +124,7 @@ def test_the_report_says_what_is_left_out_and_shows_the_rest(results):
 
 @pytest.mark.parametrize("file, brought, stage", [
     ("llava/model.safetensors", "model base", "train-vladva"), ("llava/tokenizer_config.json", "model base", "evaluate-zero-shot"), ("qwen2_vl/chat_template.jinja", "model qwen2-vl", "train-vladva-qwen2-vl"),
-    ("pictures/3.png", "training|validation|benchmark .*", "train-soft"), ("val.json", "validation", "prompts"), ("sugarcrepe/swap_att.json", "benchmark sugarcrepe", "benchmarks")])
+    ("pictures/3.png", "training|benchmark .*", "train-soft"), ("validation/3.png", "validation", "prompts"), ("val.json", "validation", "prompts"), ("sugarcrepe/swap_att.json", "benchmark sugarcrepe", "benchmarks")])
 def test_a_stage_is_stale_when_what_the_profile_brings_has_changed(profile, tmp_path, file, brought, stage):
     world, results = shutil.copytree(profile.parent, tmp_path / "world"), tmp_path / "results"
     graph = [s for s in stages(str(world / "toy.json")) if s.brought]
@@ -147,7 +148,8 @@ def test_a_dry_run_counts_what_is_there_and_names_what_is_not(profile, tmp_path)
     assert evaluated.gpu_hours > 0 and evaluated.gpu_bytes > 4 * model_size(str(profile.parent / "llava")).parameters
     shutil.copytree(profile.parent, tmp_path / "world")
     broken = tmp_path / "world/toy.json"
-    (tmp_path / "world/pictures/3.png").unlink()
+    for folder in ("pictures", "validation"):
+        (tmp_path / "world" / folder / "3.png").unlink()
     shutil.rmtree(tmp_path / "world/qwen2_vl")
     found = plan(str(broken))
     assert set(found.missing) == {"model qwen2-vl", "validation", "benchmark flickr30k"}  # the pairs are not read through
@@ -156,6 +158,15 @@ def test_a_dry_run_counts_what_is_there_and_names_what_is_not(profile, tmp_path)
     assert lacks["train-vladva-qwen2-vl"] == ("model qwen2-vl",) and lacks["prompts"] == ("validation",) and lacks["train-vladva"] == ()
     with pytest.raises(InputError, match="3 things are missing, first model qwen2-vl: model '.*qwen2_vl' does not exist"):
         check_sources(str(broken))
+
+
+def test_prompts_are_not_chosen_on_what_is_scored(profile, tmp_path):
+    shutil.copytree(profile.parent, tmp_path / "world")
+    shared = tmp_path / "world/toy.json"
+    write(shared, json.loads(shared.read_text()) | {"validation": {"task": "flickr30k", "data": "val.json", "images": "pictures"}})
+    with pytest.raises(InputError, match="val.json: 10 of 10 pictures are also in benchmark flickr30k, first .*0.png'; prompts must not be chosen on them"):
+        validation_gallery(profile_of(str(shared)), 0)
+    assert set(plan(str(shared)).missing) == {"validation"}
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "gpu"])
