@@ -113,7 +113,7 @@ STATEMENTS = (
     Statement("attention densifies", "The summary token looks at more of the picture.", "normalised entropy of the attention, after - before", lambda e: e.measure("fig6", "density after - before"),
               note="Mean over layers and heads, interval over scenes."),
     Statement("captions kept", "Generation survives better than in E5-V.", "share of stated facts that are right (of 1), VladVA - E5-V style, adapter on", lambda e: e.measure("fig7", "facts right, VladVA - E5-V style (texts only)"),
-              note="With the adapter off both are the base, to the word."),
+              note="Captions that state no fact are not in this share (figure 7 counts them). With the adapter off both are the base, to the word."),
     Statement("text-only test below E5-V", "Without a text-text loss it is worse than E5-V at telling texts apart.", "TOT in points, seven categories, E5-V style - VladVA", lambda e: e.contrast({"e5v": 1, "vladva": -1}, TEXT_ONLY),
               note="E5-V's triplets are paraphrases and contradictions by the rules that make the test."),
     Statement("holds across sizes", "A larger model of the same family gains too.", "R@1 in points, VladVA - zero-shot, larger LLaVA, mean of both directions", lambda e: e.contrast({"vladva-llava-large": 1, "zero-shot-llava-large": -1}, RECALL),
