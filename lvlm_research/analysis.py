@@ -73,9 +73,9 @@ def effective_rank(embeddings: torch.Tensor) -> float:
 
 
 def rank_change(before: torch.Tensor, after: torch.Tensor, parts: int = 100, seed: int = 0) -> tuple[float, float, float]:
-    "Ratio of effective ranks after / before of the same `N` items, with a 95 % interval over items: the jackknife of its logarithm, that leaves out one of at most `parts` random parts at a time. ValueError for fewer than three items."
-    if (n := len(before)) != len(after) or n < 3:
-        raise ValueError(f"{n} and {len(after)} embeddings have no interval: give the same items before and after, at least three")
+    "Ratio of effective ranks after / before of the same `N` items, with a 95 % interval over items: the jackknife of its logarithm, that leaves out one of at most `parts` random parts at a time. ValueError for fewer than four items (two always have the same rank)."
+    if (n := len(before)) != len(after) or n < 4:
+        raise ValueError(f"{n} and {len(after)} embeddings have no interval: give the same items before and after, at least four")
     log_ratio = lambda rows: np.log(effective_rank(after[rows]) / effective_rank(before[rows]))
     part = np.random.default_rng(seed).permutation(n) % (parts := min(parts, n))
     value, without = log_ratio(np.arange(n)), [log_ratio(np.flatnonzero(part != i)) for i in range(parts)]

@@ -31,7 +31,7 @@ __all__ = ['DOMAINS', 'TEMPLATES', 'SUITE_SEED', 'Score', 'Benchmark', 'Retrieva
 # %% ../nbs/04_benchmarks.ipynb #0067d5d1
 @dataclass(frozen=True)
 class Score:
-    "Per-item values of one metric; items of one group are not independent and are resampled together, in whatever subsets of the benchmark they are."
+    "Per-item values of one metric; items of one group are not independent and are resampled together, in whatever subset of the benchmark they are. Without groups every item is one of its own."
 
     subset: str
     metric: str
@@ -63,7 +63,7 @@ class Retrieval(Benchmark):
         hits, n, m = retrieval_hits(image, text, self.image_of_text), len(image), len(text)
         captions, pictures = np.unique(np.bincount(self.image_of_text, minlength=n), return_counts=True)  # COCO has pictures with five, six and seven
         by_chance = lambda k: float(np.average([chance(k, m, int(c)) for c in captions], weights=pictures))
-        names = np.array([f"{self.subset} {i}" for i in range(n)])  # of pictures: those of another gallery are others
+        names = np.array([f"{self.subset} {i}" for i in range(n)])  # of pictures, for both directions; another gallery counts as other pictures
         return [Score(self.subset, f"t2i R@{k}", v, chance(k, n), names[self.image_of_text]) for k, v in hits["t2i"].items()] + [
             Score(self.subset, f"i2t R@{k}", v, by_chance(k), names) for k, v in hits["i2t"].items()]
 

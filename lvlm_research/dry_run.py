@@ -20,7 +20,7 @@ from .evaluation import DUAL_ENCODERS
 from .families import check_weights, load_processor, read_config, skeleton
 from .formats import recognise
 from .prompts import SUMMARY, read_prompts
-from .public_benchmarks import public_suite, validation_set
+from .public_benchmarks import check_not_scored, public_suite, validation_set
 from .reproduce import Stage, needed_for, sources, stages, stages_left_out
 from .training import VARIANTS, Variant
 
@@ -132,9 +132,13 @@ def _benchmark(task: str, data: str, images: str) -> Missing | None:
 
 def _validation(profile: Profile) -> Missing | None:
     try:
-        validation_set(profile)
+        images = validation_set(**profile.validation).images
     except InputError as error:
         return Missing(str(error), PUBLISHED.get(profile.validation["task"], (0, 0))[0] * PICTURE_BYTES)
+    try:
+        check_not_scored(images, profile)
+    except InputError as error:  # all is there, but not to be used
+        return Missing(str(error))
 
 
 def missing_sources(profile: Profile) -> dict[str, Missing]:
@@ -203,6 +207,14 @@ def _items(task: str, data: str, images: str) -> tuple[int, int]:
     return len({i for b in suite for i in b.images}), len({t for b in suite for t in b.texts})
 
 
+def _validation_pictures(task: str, data: str, images: str) -> int:
+    "As many as its files hold, or as are published."
+    try:
+        return len(validation_set(task, data, images).images)
+    except InputError:
+        return PUBLISHED.get(task, (0, 0))[0]
+
+
 def _of_training(variant: Variant, size: Size, p: Profile) -> tuple[float, float, float]:
     "Operations, bytes on the GPU and bytes on disk."
     operations = pair_operations(size, variant.ar_weight > 0, p.cache_rows > 0) * p.train_batch * p.train_steps
@@ -217,7 +229,7 @@ def _of_embedding(stage: Stage, size: Size, p: Profile) -> tuple[float, float]:
     if stage.notebook == "30_evaluate":
         counted = [_items(task, **places) for task, places in p.benchmarks.items()]
         return embedding_operations(size, *map(sum, zip(*counted))), float(sum(costs.values()))
-    pictures = min(_items(**p.validation)[0], p.study_images)
+    pictures = min(_validation_pictures(**p.validation), p.study_images)
     models, times = (1, len(read_prompts(root() / "data/prompts.json"))) if stage.notebook == "40_prompt_study" else (2, 2)  # before and after
     return times * embedding_operations(size, pictures, pictures), float(models * costs["weights"] + costs["activations"])
 
@@ -317,4 +329,4 @@ def check_sources(profile: str, only: str = "") -> None:
     graph = needed_for(only, stages(profile)) if only else stages(profile)
     missing = missing_sources(p)
     if needed := [name for name in missing if any(name in sources(stage, p) for stage in graph)]:
-        raise InputError(f"profile {p.name}: {len(needed)} things are missing, first {needed[0]}: {missing[needed[0]].why}; --dry-run lists them all")
+        raise InputError(f"profile {p.name}: {len(needed)} things are missing or not to be used, first {needed[0]}: {missing[needed[0]].why}; --dry-run lists them all")

@@ -188,12 +188,14 @@ def bootstrap_mean(
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    "Mean over categories of their means, and both ends of its 95 % interval (bootstrap, stratified by what shares no group); ValueError for a category without items, or a score that is no number."
+    "Mean over categories of their means, and both ends of its 95 % interval (bootstrap, stratified by what shares no group); ValueError for a category without items, a score that is no number, or groups that do not fit."
     if not parts or not all(map(len, parts)):
         raise ValueError("no items: a mean over an empty set has no interval")
     if not all(np.isfinite(np.asarray(values, float)).all() for values in parts):
         raise ValueError("a score is NaN or infinite: its mean says nothing")
     rng, groups = np.random.default_rng(seed), groups or [None] * len(parts)
+    if [len(values) for values in parts] != [len(values if group is None else group) for values, group in zip(parts, groups)] or len(groups) != len(parts):
+        raise ValueError("groups do not fit: give one for each item of each category")
     drawn = np.empty((draws, len(parts)))
     for members in _connected(groups):
         drawn[:, members] = _redrawn([np.asarray(parts[i], float) for i in members], [groups[i] for i in members], draws, rng)

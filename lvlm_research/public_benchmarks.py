@@ -20,7 +20,7 @@ import numpy as np
 
 from .backbones import SIZES_OF_MODELS
 from .benchmarks import Benchmark, Classification, Pairs, Retrieval, Score, Winoground, scene_retrieval, scene_suite
-from .config import InputError, Profile, read_json, read_text
+from .config import InputError, Profile, read_json, read_text, sha256
 from .metrics import pair_accuracy
 from .reading import coco_pictures, field_of, json_lines, json_stream, path_below, text_file
 from .scenes import NEGATIVE_TYPES
@@ -30,7 +30,7 @@ __all__ = ['NOCAPS_DOMAINS', 'IMAGENET_FILES', 'POPE_SETS', 'CAPTION_RULES', 'TA
            'read_captions', 'read_gallery', 'read_nocaps', 'CaptionChoice', 'read_sugarcrepe', 'read_sugarcrepe_pp',
            'read_winoground', 'PictureChoice', 'read_mmvp_vlm', 'read_imagenet', 'says_yes', 'YesNo', 'read_pope',
            'word_counts', 'caption_rules', 'word_count_rule', 'always_yes', 'Task', 'task_of', 'public_suite',
-           'text_only_scores', 'profile_suite', 'validation_set', 'validation_gallery']
+           'text_only_scores', 'profile_suite', 'validation_set', 'check_not_scored', 'validation_gallery']
 
 # %% ../nbs/04a_public_benchmarks.ipynb #62918d86
 def _rows(file: Path) -> list[tuple[str, list[str]]]:
@@ -436,27 +436,37 @@ def profile_suite(profile: Profile) -> list[Benchmark]:
     return [bench for task, places in profile.benchmarks.items() for bench in public_suite(task, **places)]
 
 
-def validation_set(profile: Profile) -> Retrieval:
-    "The gallery that a profile names for validation, whole; InputError if the task is no retrieval, or a picture is also in a benchmark of the profile."
-    task, data, images = (profile.validation[name] for name in ("task", "data", "images"))
+def validation_set(task: str, data: str, images: str) -> Retrieval:
+    "The gallery that a profile names for validation, whole; InputError if the task is no retrieval, or pictures are missing."
     if (read := task_of(task).validation) is None:
         able = ", ".join(name for name, t in TASKS.items() if t.validation)
         raise InputError(f"validation: task {task!r} is no retrieval; use one of {able}")
     whole = read(Path(data), Path(images))[-1]
     check_pictures([whole])
-    chosen = {os.path.realpath(p) for p in whole.images}
-    for name, places in profile.benchmarks.items():
-        if both := sorted(chosen & _tested(name, **places)):
-            raise InputError(f"{data}: {len(both):,} of {len(chosen):,} pictures are also in benchmark {name}, first {both[0]!r}; prompts must not be chosen on them, give another validation set")
     return whole
 
 
-def _tested(task: str, data: str, images: str) -> set[str]:
-    "Real paths of a benchmark's pictures; none where its files cannot be read, as nothing is scored then."
+def check_not_scored(images: list[str], profile: Profile) -> None:
+    "InputError that counts the pictures (files) that a benchmark of the profile has too, under whatever name."
+    for name, places in profile.benchmarks.items():
+        if both := _same_files(images, _pictures_of(name, **places)):
+            raise InputError(f"validation: {len(both):,} of {len(images):,} pictures are also in benchmark {name}, first {both[0]!r}; prompts must not be chosen on them, give another validation set")
+
+
+def _pictures_of(task: str, data: str, images: str) -> list[str]:
+    "Pictures of a benchmark that are there; none where its files cannot be read, as nothing is scored then."
     try:
-        return {os.path.realpath(p) for b in task_of(task).read(Path(data), Path(images)) for p in b.images}
+        return [p for p in dict.fromkeys(p for b in task_of(task).read(Path(data), Path(images)) for p in b.images) if os.path.isfile(p)]
     except InputError:
-        return set()
+        return []
+
+
+def _same_files(files: list[str], others: list[str]) -> list[str]:
+    "The files whose bytes are those of one of the others; few are read, as most differ in size."
+    sizes = {os.path.getsize(f) for f in files}
+    met = [f for f in others if os.path.getsize(f) in sizes]
+    sizes, hashes = {os.path.getsize(f) for f in met}, {sha256(Path(f)) for f in met}
+    return [f for f in files if os.path.getsize(f) in sizes and sha256(Path(f)) in hashes]
 
 
 def validation_gallery(
@@ -466,7 +476,8 @@ def validation_gallery(
     "Pictures of no test set, with a caption each, as many as the profile studies (or there are)."
     if not profile.validation:
         return scene_retrieval(profile.study_images, 1, SIZES_OF_MODELS[profile.size].image, np.random.default_rng(seed), "validation", "validation")
-    whole = validation_set(profile)
+    whole = validation_set(**profile.validation)
+    check_not_scored(whole.images, profile)
     pictures, first = np.unique(whole.image_of_text, return_index=True)
     first = first[: profile.study_images]
     return Retrieval("retrieval", [whole.images[i] for i in pictures[: len(first)]], [whole.texts[i] for i in first], np.arange(len(first)), "validation")

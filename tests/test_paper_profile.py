@@ -37,16 +37,19 @@ def profile(tmp_path_factory):
         torch.manual_seed(0)
         for part in micro_family(name, tokenizer):
             part.save_pretrained(folder / name)
-    scenes = sample_scenes(10, rng, "test", counts=(2, 3))
-    short, long = ([caption(scene, rng) for scene in scenes] for caption in (short_caption, long_caption))
+    scenes, others = (sample_scenes(10, rng, split, counts=(2, 3)) for split in ("test", "validation"))
+    short, long, *validation = ([caption(scene, rng) for scene in drawn] for drawn in (scenes, others) for caption in (short_caption, long_caption))
     names = [f"{i}.png" for i in range(10)]
     pictures = folder / "pictures"
     for i, pixels in enumerate(scene_images(scenes, 40)):
-        for path in (pictures / names[i], pictures / f"ex_{i}.png", pictures / f"n{i % 2}/{i}.jpg", folder / "validation" / names[i]):
+        for path in (pictures / names[i], pictures / f"ex_{i}.png", pictures / f"n{i % 2}/{i}.jpg"):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
+    (folder / "validation").mkdir()
+    for name, pixels in zip(names, scene_images(others, 40)):
+        Image.fromarray(pixels).save(folder / "validation" / name)
     write(pictures / "captions.jsonl", "".join(json.dumps({"image": n, "captions": [s, l]}) + "\n" for n, s, l in zip(names, short, long)))
-    write(folder / "val.json", [{"image": n, "caption": [s, l]} for n, s, l in zip(names, short, long)])
+    write(folder / "val.json", [{"image": n, "caption": [s, l]} for n, s, l in zip(names, *validation)])
     write(folder / "flickr30k_test.json", [{"image": n, "caption": [s]} for n, s in zip(names, short)])
     items = [{"id": i, "filename": names[i], "caption": short[i], "caption2": long[i], "negative_caption": short[i - 1]} for i in range(3)]
     for kind in NEGATIVE_TYPES:
@@ -156,17 +159,17 @@ def test_a_dry_run_counts_what_is_there_and_names_what_is_not(profile, tmp_path)
     assert "1 of 10 pictures are missing, first" in found.missing["benchmark flickr30k"].why
     lacks = {line.stage.name: line.missing for line in found.lines}
     assert lacks["train-vladva-qwen2-vl"] == ("model qwen2-vl",) and lacks["prompts"] == ("validation",) and lacks["train-vladva"] == ()
-    with pytest.raises(InputError, match="3 things are missing, first model qwen2-vl: model '.*qwen2_vl' does not exist"):
+    with pytest.raises(InputError, match="3 things are missing or not to be used, first model qwen2-vl: model '.*qwen2_vl' does not exist"):
         check_sources(str(broken))
 
 
 def test_prompts_are_not_chosen_on_what_is_scored(profile, tmp_path):
-    shutil.copytree(profile.parent, tmp_path / "world")
-    shared = tmp_path / "world/toy.json"
-    write(shared, json.loads(shared.read_text()) | {"validation": {"task": "flickr30k", "data": "val.json", "images": "pictures"}})
-    with pytest.raises(InputError, match="val.json: 10 of 10 pictures are also in benchmark flickr30k, first .*0.png'; prompts must not be chosen on them"):
-        validation_gallery(profile_of(str(shared)), 0)
-    assert set(plan(str(shared)).missing) == {"validation"}
+    world = shutil.copytree(profile.parent, tmp_path / "world")
+    shutil.copy(world / "pictures/4.png", world / "validation/7.png")  # one picture under two names
+    with pytest.raises(InputError, match="1 of 10 pictures are also in benchmark flickr30k, first .*7.png'; prompts must not be chosen on them"):
+        validation_gallery(profile_of(str(world / "toy.json")), 0)
+    found = plan(str(world / "toy.json")).missing
+    assert set(found) == {"validation"} and not found["validation"].bytes  # nothing has to be fetched
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "gpu"])
@@ -190,7 +193,7 @@ def test_estimates_follow_from_what_is_assumed():
 
 
 def test_what_cannot_run_is_said_before_anything_does(tmp_path):
-    fails_in_one_line("reproduce", "--profile", "paper", "--results", str(tmp_path / "r"), says="things are missing, first model base")
+    fails_in_one_line("reproduce", "--profile", "paper", "--results", str(tmp_path / "r"), says="things are missing or not to be used, first model base")
     fails_in_one_line("reproduce", "--profile", "paper", "--dry-run", "--share", "0", says="--share is 0")
     assert not (tmp_path / "r").exists()
 

@@ -9,13 +9,14 @@ from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
 from conftest import ROOT
-from lvlm_research.claims import Evidence, judge
+from lvlm_research.claims import RECALL, Evidence, judge
 from lvlm_research.config import sha256
 from lvlm_research.benchmarks import Score
 from lvlm_research.evaluation import load_scores, tidy_rows
@@ -158,7 +159,26 @@ def test_the_rows_and_claims_of_the_reference_follow_from_the_items_beside_them(
         kept, columns = rows.xs(model, drop_level=False), ["value", "n", "ci_low", "ci_high"]
         assert set(again.index) == set(kept.index)  # the means over categories too
         assert again.loc[kept.index, columns].to_numpy() == pytest.approx(kept[columns].to_numpy(), abs=1e-3)
-    assert judge(Evidence(folder)).verdict.tolist() == pd.read_csv(folder / "claims.csv").verdict.tolist()
+    claims, kept = judge(Evidence(folder)), pd.read_csv(folder / "claims.csv")
+    assert claims.verdict.tolist() == kept.verdict.tolist()
+    assert claims[["value", "ci_low", "ci_high"]].to_numpy() == pytest.approx(kept[["value", "ci_low", "ci_high"]].to_numpy(), abs=1e-3)
+
+
+def test_both_directions_of_retrieval_are_about_the_same_pictures():
+    evidence = Evidence(reference_folder("cpu"))
+    width = lambda: np.subtract(*evidence.contrast({"clip": 1, "zero-shot": -1}, RECALL)[2:0:-1])
+    together = width()
+    for scores in evidence.scores.values():
+        values, groups = scores[RECALL[1]]
+        scores[RECALL[1]] = values, np.char.add("another ", groups)
+    assert together > 1.1 * width()  # what is hard in one direction is hard in the other
+
+
+def test_the_tutorial_shows_the_reference_as_it_is():
+    shown = (ROOT / "nbs/tutorials/read_the_results.ipynb").read_text()
+    revision = json.loads((reference_folder("cpu") / "manifest.json").read_text())["run"]["revision"]
+    counts = pd.read_csv(reference_folder("cpu") / "claims.csv").verdict.value_counts().to_dict()
+    assert revision in shown and str(counts) in shown
 
 
 def test_a_changed_profile_file_changes_every_stage(tmp_path):
