@@ -19,7 +19,7 @@ from .doctor import amount, kept_bytes
 from .training import Discriminative, trainable_parameters
 
 # %% auto #0
-__all__ = ['MARGIN', 'free_memory', 'Needs', 'needs', 'suggestion', 'too_large', 'naming_what_fits']
+__all__ = ['MARGIN', 'NO_ROOM', 'free_memory', 'Needs', 'needs', 'suggestion', 'too_large', 'naming_what_fits']
 
 # %% ../nbs/12c_budget.ipynb #6973f5a6
 def _of_the_group(folder: Path) -> int | None:
@@ -113,6 +113,10 @@ def too_large(need: Needs, free: int | None, cache_rows: int = 0) -> str | None:
     return f"this batch wants about {amount(wanted, 'B')} and {amount(free, 'B')} are free: {suggestion(need, free)}"
 
 # %% ../nbs/12c_budget.ipynb #8b02899e
+# what the CPU's libraries say in a plain RuntimeError: torch's allocator, C++'s, and oneDNN where it finds no room for a kernel's code
+NO_ROOM = re.compile(r"DefaultCPUAllocator|bad_alloc|could not create a primitive(?! descriptor)")
+
+
 @contextmanager
 def naming_what_fits(
     need: Needs | None,  # None where it is not known
@@ -123,7 +127,7 @@ def naming_what_fits(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not NO_ROOM.search(str(error)):
             raise
         if need is None or free is None:
             raise InputError("out of memory: lower 'batch', or set 'cache_rows'") from None

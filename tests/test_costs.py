@@ -115,6 +115,32 @@ def test_a_batch_that_is_too_large_is_announced_with_rows_that_fit():
     assert too_large(large, large.of(32) // 4, cache_rows=4) is None
 
 
+NO_ROOM_FOR_A_KERNEL = """
+import resource
+from pathlib import Path
+import torch
+from lvlm_research.budget import naming_what_fits
+from lvlm_research.config import InputError
+pictures, kernel = torch.rand(16, 3, 60, 60), torch.rand(32, 3, 10, 10)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+try:
+    with naming_what_fits(None, None):
+        torch.conv2d(pictures, kernel, stride=10)
+except InputError as error:
+    print("said:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory is Linux's")
+def test_a_kernel_without_room_for_its_code_is_out_of_memory():
+    result = subprocess.run([sys.executable, "-c", NO_ROOM_FOR_A_KERNEL], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "said: out of memory" in result.stdout
+    with pytest.raises(RuntimeError, match="primitive descriptor"), naming_what_fits(None, None):
+        raise RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive")
+
+
 OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
