@@ -199,7 +199,7 @@ def bootstrap_mean(
     drawn = np.empty((draws, len(parts)))
     for members in _connected(groups):
         drawn[:, members] = _redrawn([np.asarray(parts[i], float) for i in members], [groups[i] for i in members], draws, rng)
-    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
+    low, high = np.quantile(np.nanmean(drawn, 1), (0.025, 0.975))
     return float(np.mean([np.mean(values, dtype=float) for values in parts])), float(low), float(high)
 
 
@@ -214,7 +214,7 @@ def _connected(groups: list[np.ndarray | None]) -> list[list[int]]:
 
 
 def _redrawn(parts: list[np.ndarray], groups: list[np.ndarray | None], draws: int, rng: np.random.Generator) -> np.ndarray:
-    "Means `(draws, parts)` under one draw of groups for all parts; a draw that leaves a part without items is drawn again."
+    "Means `(draws, parts)` under one draw of groups for all parts; NaN for a part that a draw leaves without items."
     names = [np.arange(len(values)) if group is None else group for values, group in zip(parts, groups)]
     unique, index = np.unique(np.concatenate(names), return_inverse=True)
     places = np.split(index, np.cumsum([len(values) for values in parts])[:-1])
@@ -222,9 +222,9 @@ def _redrawn(parts: list[np.ndarray], groups: list[np.ndarray | None], draws: in
     sizes = np.stack([np.bincount(place, minlength=len(unique)) for place in places])
     means = np.empty((draws, len(parts)))
     for draw in range(draws):
-        while not (count := sizes[:, pick := rng.integers(0, len(unique), len(unique))].sum(1)).all():
-            pass
-        means[draw] = sums[:, pick].sum(1) / count
+        pick = rng.integers(0, len(unique), len(unique))
+        count = sizes[:, pick].sum(1)
+        means[draw] = sums[:, pick].sum(1) / np.where(count, count, np.nan)
     return means
 
 # %% ../nbs/11_metrics.ipynb #9165413c
