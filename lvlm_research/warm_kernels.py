@@ -99,6 +99,8 @@ def serve(listening: socket.socket, parent: int) -> dict | None:
     "Make a copy of this process for every request, until the process `parent` is gone. Returns the request in a copy, None at the end."
     shown, warnings.showwarning = warnings.showwarning, lambda *_, **__: None  # nobody looks at these; what imports set for later warnings stays
     for module in PRELOADED:
+        if os.getppid() != parent:  # imports take seconds
+            return None
         importlib.import_module(module)
     warnings.showwarning = shown
     copies = {}
