@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,15 +110,17 @@ def lost(killed: Ended, next_one: Ended) -> dict:
 def watch(command: list[str], done: Callable[[], int], every: float = 0.2) -> pd.DataFrame:
     "Run a command and note, every so many seconds, how much is `done` and the bytes of resident memory of the process and its children. RuntimeError if it fails."
     rows = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:  # a pipe that nobody reads would hold it up
         while process.poll() is None:
             with suppress(psutil.Error):  # one that has ended meanwhile
                 members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                rows.append({"done": done(), "resident": sum(member.memory_info().rss for member in members)})
+                resident = [member.memory_info().rss for member in members]
+                if resident[0]:  # an ending process has none before it is gone
+                    rows.append({"done": done(), "resident": sum(resident)})
             time.sleep(every)
-        said = process.stdout.read()
-    if process.returncode:
-        raise RuntimeError(said.strip())
+        said.seek(0)
+        if process.returncode:
+            raise RuntimeError(said.read().strip())
     return pd.DataFrame(rows)
 
 
