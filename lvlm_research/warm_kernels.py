@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -98,10 +99,9 @@ def ask(place: str, arguments: list[str]) -> int:
 def serve(listening: socket.socket, parent: int) -> dict | None:
     "Make a copy of this process for every request, until the process `parent` is gone. Returns the request in a copy, None at the end."
     shown, warnings.showwarning = warnings.showwarning, lambda *_, **__: None  # nobody looks at these; what imports set for later warnings stays
-    for module in PRELOADED:
-        if os.getppid() != parent:  # imports take seconds
-            return None
-        importlib.import_module(module)
+    with _ending_with(parent):  # imports take seconds
+        for module in PRELOADED:
+            importlib.import_module(module)
     warnings.showwarning = shown
     copies = {}
     while os.getppid() == parent:
@@ -131,6 +131,25 @@ def serve(listening: socket.socket, parent: int) -> dict | None:
     for copy in copies:
         _tell(copy, signal.SIGKILL)
     return None
+
+
+@contextmanager
+def _ending_with(parent: int) -> Iterator[None]:
+    "Inside, this process ends when `parent` is gone; after it no thread is left that a copy would lack."
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _request(connection: socket.socket) -> dict | None:
